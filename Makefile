@@ -1,0 +1,116 @@
+# Everything kvcalib does, from a fresh clone; `make` lists the targets.
+#
+# Nothing is written outside this folder: packages go to .venv, caches and temporary files to .cache, results to
+# artifacts. To use models that are already on this machine: make calibrate HF_HOME=~/.cache/huggingface MODEL=...
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+RUNTIME := .venv/.installed-demo
+DEV := .venv/.installed-dev
+
+# The first of these that is new enough; `make PYTHON=/path/to/python demo` takes another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
+# pip must be told the exact torch: asked for any, it may choose a build of several gigabytes.
+TORCH := $(shell grep '^torch==' constraints.txt)
+WORKERS ?= 2
+
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TMPDIR := $(CURDIR)/.cache/tmp
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export XDG_CONFIG_HOME := $(CURDIR)/.cache/config
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export TORCH_HOME := $(CURDIR)/.cache/torch
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+export CUDA_CACHE_PATH := $(CURDIR)/.cache/cuda
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+export MYPY_CACHE_DIR := $(CURDIR)/.cache/mypy
+export RUFF_CACHE_DIR := $(CURDIR)/.cache/ruff
+# numba keeps compiled code in __pycache__ beside the sources, unless one of these sends it elsewhere.
+unexport NUMBA_CACHE_DIR PYTHONPYCACHEPREFIX
+
+# What the user gave, as options; what was not given is left to the command's defaults.
+opt = $(if $($(2)),$(1) "$($(2))")
+out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
+
+.PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "variables: MODEL (folder or Hub id) DATA BITS SAMPLES SEQ_LEN OUT (artifact) RUN (run folder)"
+	@echo "           ARGS (any further options of the kvcalib command) PYTHON WORKERS"
+
+# The demo and the tests need no network once the packages are there; this keeps it so.
+demo test: export HF_HUB_OFFLINE := 1
+
+demo: $(RUNTIME)  ## the whole road on the embedded model, offline
+	$(BIN)/kvcalib demo --out artifacts/demo
+
+test: $(DEV)  ## the test suite
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(DEV)  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+calibrate: need-MODEL $(RUNTIME)  ## all stages: MODEL=... BITS=3 [DATA= SAMPLES= SEQ_LEN= OUT=]
+	$(BIN)/kvcalib run "$(MODEL)" $(call opt,--bits,BITS) $(call opt,--data,DATA) $(call opt,--samples,SAMPLES) \
+		$(call opt,--seq-len,SEQ_LEN) $(call opt,--out,OUT) $(ARGS)
+
+fisher: need-MODEL need-RUN $(RUNTIME)  ## statistics of a model: MODEL= RUN= [DATA= SAMPLES= SEQ_LEN=]
+	$(BIN)/kvcalib fisher "$(MODEL)" --run "$(RUN)" $(call opt,--data,DATA) $(call opt,--samples,SAMPLES) \
+		$(call opt,--seq-len,SEQ_LEN) $(ARGS)
+
+fit-nuq: need-RUN $(RUNTIME)  ## codebooks: RUN= [BITS=]
+	$(BIN)/kvcalib fit-nuq "$(RUN)" $(call opt,--bits,BITS) $(ARGS)
+
+friendliness: need-RUN $(RUNTIME)  ## error of each layer's tokens: RUN=
+	$(BIN)/kvcalib friendliness "$(RUN)" $(ARGS)
+
+build: need-RUN $(RUNTIME)  ## artifact: RUN= [BITS= OUT=]; OUT is RUN without .run, or RUN-artifact
+	$(BIN)/kvcalib build "$(RUN)" --out "$(out)" $(call opt,--bits,BITS) $(ARGS)
+
+eval: need-RUN $(RUNTIME)  ## perplexity, KLD and bytes of the artifact: RUN= [OUT= MODEL= DATA= SAMPLES= SEQ_LEN=]
+	$(BIN)/kvcalib eval "$(out)" $(call opt,--model,MODEL) $(call opt,--data,DATA) $(call opt,--samples,SAMPLES) \
+		$(call opt,--seq-len,SEQ_LEN) $(ARGS)
+
+bench-kmeans: $(RUNTIME)  ## the exact solver against scikit-learn's
+	$(BIN)/python bench/kmeans.py $(ARGS)
+
+bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
+	$(BIN)/python bench/fisher.py $(ARGS)
+
+clean:  ## remove .venv, .cache (downloaded models too) and build output; artifacts stay
+	rm -rf .venv .cache build dist *.egg-info .hypothesis .pytest_tmp .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+need-%:
+	@: $(if $($*),,$(error $* is not set; `make` lists what each target takes))
+
+.cache/tmp:
+	mkdir -p $@
+
+$(BIN)/python: | .cache/tmp
+	@test -n "$(PYTHON)" || { echo "kvcalib needs Python 3.11 or newer: make PYTHON=/path/to/python ..." >&2; exit 2; }
+	"$(PYTHON)" -m venv .venv
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python .cache/tmp
+	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	touch $@
+
+$(DEV): $(RUNTIME)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Commands make temporary files even when nothing is installed anew.
+demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher: | .cache/tmp

@@ -1,0 +1,29 @@
+"""kvcalib: calibrate a language model's KV cache for 2 to 4 bits, and generate on it.
+
+import kvcalib
+artifact = kvcalib.load("artifacts/llama3-8b-nuq3")
+kvcalib.attach(model, artifact)
+model.generate(...)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Artifact", "__version__", "attach", "detach", "load"]
+
+if TYPE_CHECKING:
+    from kvcalib.runtime.loader import Artifact, attach, detach, load
+
+# transformers takes seconds to import; `kvcalib --help` and kvcalib.quant need none of it.
+_LAZY = {"load": "loader", "attach": "loader", "detach": "loader", "Artifact": "loader"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"kvcalib.runtime.{_LAZY[name]}"), name)
+    if name == "quant":
+        return import_module("kvcalib.quant")
+    raise AttributeError(f"module 'kvcalib' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Which layers suffer from quantization, and how many bits go where."""

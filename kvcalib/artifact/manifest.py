@@ -1,0 +1,154 @@
+"""The manifest of an artifact, `manifest.json`: what the tensors mean, for which model, from which calibration.
+
+These classes are the format; `docs/artifact.schema.json` is generated from them
+(`python -m kvcalib.artifact.manifest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvcalib.model.identity import ModelIdentity
+from kvcalib.quant.codebook import Format
+from kvcalib.quant.packing import Segment
+from kvcalib.quant.quantizer import Scope
+
+FORMAT_VERSION: Literal[1] = 1
+Sha256 = str
+_HEX = r"^[0-9a-f]{64}$"
+
+
+class Record(BaseModel):
+    """Base of the manifest's parts: immutable, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Producer(Record):
+    """The program that wrote the artifact."""
+
+    name: Literal["kvcalib"] = "kvcalib"
+    version: str
+
+
+class Calibration(Record):
+    """What the codebooks were fitted on."""
+
+    data: str = Field(description="Where the text came from, as the user named it.")
+    sequences: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    sampled_tokens: int = Field(ge=1)
+    seq_len: int = Field(ge=2)
+    seed: int
+    nll: float = Field(description="Mean NLL of the unquantized model on the calibration text, nats per token.")
+    fingerprint: Sha256 = Field(pattern=_HEX)
+
+
+class FitSettings(Record):
+    """How the codebooks were fitted; see `kvcalib fit-nuq --help`."""
+
+    format: Format
+    weights: Literal["fisher_scale", "fisher", "none"]
+    key_granularity: Literal["layer", "head", "channel"]
+    value_granularity: Literal["layer", "head", "channel"]
+    outliers: float = Field(ge=0, le=0.5)
+    sinks: int = Field(ge=0)
+    qnorm: bool
+    solver: Literal["exact", "lloyd"]
+
+
+class TensorSpec(Record):
+    """Keys or values of one layer."""
+
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    words: int = Field(ge=0, description="32-bit words per token.")
+    segment: Segment = Field(description="Whether each head's words stand alone, or a row's heads share words.")
+    scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
+    outliers: int = Field(ge=0, description="Exact elements per group and token.")
+    mean_bits: float = Field(ge=0, le=8, description="Mean code width of the channels.")
+    predicted_loss: float = Field(ge=0, description="Half of sum F (x - x^)^2, nats per token, on the sample.")
+
+
+class Friendliness(Record):
+    """Relative quantization error of one layer's tokens: mean of |x - x^| / |x| over tokens and heads."""
+
+    key_error: float = Field(ge=0)
+    value_error: float = Field(ge=0)
+
+
+class LayerSpec(Record):
+    """One quantized layer. Layers that are not listed keep the model's own cache."""
+
+    index: int = Field(ge=0)
+    key: TensorSpec
+    value: TensorSpec
+    friendliness: Friendliness | None = None
+
+
+class RuntimeDefaults(Record):
+    """What a loader uses unless told otherwise."""
+
+    sinks: int = Field(default=0, ge=0, description="First real tokens of each row that stay exact.")
+    recent: int = Field(default=0, ge=0, description="Last tokens that stay exact.")
+
+
+class TensorRecord(Record):
+    """One tensor of `tensors.safetensors`."""
+
+    dtype: str
+    shape: list[int]
+    sha256: Sha256 = Field(pattern=_HEX, description="Of the tensor's bytes, little endian, row-major.")
+
+
+class Manifest(Record):
+    """`manifest.json`."""
+
+    format: Literal["kvcalib-artifact"] = "kvcalib-artifact"
+    format_version: Literal[1] = FORMAT_VERSION
+    producer: Producer
+    model: ModelIdentity
+    calibration: Calibration
+    fit: FitSettings
+    runtime: RuntimeDefaults
+    layers: list[LayerSpec]
+    tensors: dict[str, TensorRecord]
+    files: dict[str, Sha256] = Field(description="sha256 of the artifact's other files.")
+
+    def encode(self) -> bytes:
+        """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
+        body = self.model_dump(mode="json")
+        return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
+
+    @property
+    def mean_bits(self) -> tuple[float, float]:
+        """Mean code widths of all key and of all value channels."""
+        sums = {"key": [0.0, 0], "value": [0.0, 0]}
+        for layer in self.layers:
+            for name, spec in (("key", layer.key), ("value", layer.value)):
+                sums[name][0] += spec.mean_bits * spec.kv_heads * spec.head_dim
+                sums[name][1] += spec.kv_heads * spec.head_dim
+        key, value = (s / n if n else 0.0 for s, n in sums.values())
+        return key, value
+
+
+def _render(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def schema() -> str:
+    """JSON schema of `manifest.json`, as checked in under docs/."""
+    described = Manifest.model_json_schema(mode="serialization")
+    described["properties"]["digest"] = {
+        "description": "sha256 of the manifest written without this field.", "pattern": _HEX, "type": "string",
+    }  # fmt: skip
+    described["required"] = [*described["required"], "digest"]
+    return json.dumps(described, indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

@@ -1,0 +1,153 @@
+"""Artifacts on disk: `manifest.json`, `tensors.safetensors`, `README.md`.
+
+Reading checks everything that the manifest promises before anything is used: the manifest's own digest, the other
+files' hashes, every tensor's dtype, shape and hash. Nothing is executed, no path inside an artifact is followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord
+from kvcalib.errors import CorruptFile, FolderInUse, InputError
+from kvcalib.files import encode_tensors, hash_bytes, hash_file, hash_tensor, read_tensors, write_error
+
+MANIFEST, TENSORS, CARD = "manifest.json", "tensors.safetensors", "README.md"
+MAX_MANIFEST_BYTES = 64 << 20
+
+
+def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: str, overwrite: bool = False) -> Manifest:
+    """Write an artifact; its folder appears complete or not at all.
+
+    `manifest.tensors` and `manifest.files` are filled in here. The same input gives the same bytes.
+
+    Raises:
+        FolderInUse: `folder` holds another artifact (unless `overwrite`) or anything that is not an artifact.
+        InputError: it cannot be written; what was there is untouched.
+    """
+    records = {
+        name: TensorRecord(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), sha256=hash_tensor(t))
+        for name, t in sorted(tensors.items())
+    }
+    body = encode_tensors(tensors, {"format": manifest.format, "format_version": FORMAT_VERSION})
+    files = {TENSORS: hash_bytes(body), CARD: hash_bytes(card.encode())}
+    manifest = manifest.model_copy(update={"tensors": records, "files": files})
+    content = {MANIFEST: manifest.encode(), TENSORS: body, CARD: card.encode()}
+    if folder.exists() and _settled(folder, content, overwrite):
+        return manifest
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in content.items():
+            with open(temporary / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise write_error(folder, error, sum(len(d) for d in content.values())) from error
+    return manifest
+
+
+def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
+    """True if `folder` already holds `content`; FolderInUse if something else that may not be replaced."""
+    if not folder.is_dir():
+        raise FolderInUse(f"{folder}: is a file, expected a folder for the artifact; choose another --out")
+    present = {p.name for p in folder.iterdir()}
+    if not present:
+        folder.rmdir()
+        return False
+    if MANIFEST not in present or present - set(content):
+        strange = sorted(present - set(content))[:3] or sorted(present)[:3]
+        raise FolderInUse(f"{folder}: holds {', '.join(strange)}, which is no artifact; choose another --out")
+    if all((folder / name).is_file() and (folder / name).read_bytes() == data for name, data in content.items()):
+        return True
+    if not overwrite:
+        raise FolderInUse(
+            f"{folder}: holds another artifact (manifest.json differs); choose another --out, or pass --overwrite"
+        )
+    return False
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the artifact in `folder`, its digest checked.
+
+    Raises:
+        InputError: there is no artifact. CorruptFile: the manifest is damaged or of an unknown version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: no artifact there (no {MANIFEST}); give the folder that `kvcalib build` wrote")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CorruptFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
+    raw = path.read_bytes()
+    try:
+        body: Any = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path}: not valid JSON ({error}); the artifact is damaged, copy it again") from None
+    if not isinstance(body, dict) or body.get("format") != "kvcalib-artifact":
+        raise CorruptFile(f"{path}: field 'format' is missing or not 'kvcalib-artifact'; this is no artifact of ours")
+    version = body.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CorruptFile(
+            f"{path}: format_version is {version!r}, this kvcalib reads {FORMAT_VERSION}; "
+            "use the kvcalib that wrote it, or build it again"
+        )
+    body.pop("digest", None)
+    try:
+        manifest = Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{path}: {where} is {first['input']!r}: {first['msg']}; build the artifact again") from None
+    if manifest.encode() != raw:
+        raise CorruptFile(f"{path}: its digest does not match its content; the artifact was altered or damaged")
+    return manifest
+
+
+def read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Manifest and tensors of the artifact in `folder`, everything checked.
+
+    Raises:
+        InputError, CorruptFile: as `read_manifest`; also a tensor or file that is not what the manifest says.
+    """
+    manifest = read_manifest(folder)
+    tensors, _ = read_tensors(folder / TENSORS)
+    for name in sorted(set(tensors) ^ set(manifest.tensors)):
+        where = "not in the manifest" if name in tensors else f"missing from {TENSORS}"
+        raise CorruptFile(f"{folder / TENSORS}: tensor {name!r} is {where}")
+    for name, record in manifest.tensors.items():
+        found = TensorRecord(
+            dtype=str(tensors[name].dtype).removeprefix("torch."),
+            shape=list(tensors[name].shape),
+            sha256=hash_tensor(tensors[name]),
+        )
+        for field in ("dtype", "shape", "sha256"):
+            if getattr(found, field) != getattr(record, field):
+                raise CorruptFile(
+                    f"{folder / TENSORS}: {name}.{field} is {getattr(found, field)}, the manifest says "
+                    f"{getattr(record, field)}; the file is damaged, copy it again"
+                )
+    if set(manifest.files) != {TENSORS, CARD}:
+        raise CorruptFile(f"{folder / MANIFEST}: files names {sorted(manifest.files)}, expected {[CARD, TENSORS]}")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptFile(f"{path}: missing; the artifact is incomplete, copy it again")
+        if hash_file(path) != expected:
+            raise CorruptFile(f"{path}: its sha256 is not the manifest's; the file was altered or damaged")
+    return manifest, tensors

@@ -1,0 +1,275 @@
+"""The pass over the model: squared gradients of pre-RoPE keys and of values, and everything collected beside them.
+
+Weights are frozen; only activations carry gradients, so the backward pass costs about as much as the forward pass.
+The loss is the summed NLL of a sequence; the diagonal Fisher information of an element x is `(dL/dx)^2` (KVQuant,
+arXiv 2401.18079, section 3.2 and Eq. 7). GQA groups are already summed, because keys are seen before they are repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvcalib.calibration.attention import drawn_attention
+from kvcalib.calibration.sample import choose, sequence_id, token_hash
+from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerShape, norm_histogram
+from kvcalib.errors import NonFiniteActivations
+from kvcalib.model.identity import ModelIdentity
+from kvcalib.model.loading import input_device
+from kvcalib.model.rotary import Rotation
+from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
+
+CHECKPOINT_TOKENS = 4096
+
+
+@dataclass
+class PassSettings:
+    """What the pass needs to know beside the model and the tokens."""
+
+    data: str
+    seed: int
+    keep_tokens: int
+    window: int
+    batch_size: int
+    fingerprint: str
+    checkpointing: bool | None = None
+
+
+@dataclass
+class _Collector:
+    """Handler of the pass: sums and sampled tokens of every tapped layer."""
+
+    window: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    token: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    def start(self, row: Tensor, token: Tensor) -> None:
+        """A new batch, of which the tokens `(row, token)` are kept."""
+        self.row, self.token = row, token
+        self.seen.clear()
+
+    def before(self, tap: Tap) -> None:
+        """Nothing to prepare."""
+
+    def attend(self, call: Call) -> AttentionOutput:
+        layer = call.tap.layer
+        if call.key.requires_grad:
+            call.key.register_hook(lambda g: self._gradient(layer, "key", g))
+            call.value.register_hook(lambda g: self._gradient(layer, "value", g))
+        query, key = call.rotate_new(call.query), call.rotate_new(call.key)
+        # Gradient checkpointing runs the forward pass twice.
+        if layer not in self.seen:
+            self.seen.add(layer)
+            with torch.no_grad():
+                self._forward(call, query.detach(), key.detach())
+        return call.plain(query, key, call.value)
+
+    def _forward(self, call: Call, query: Tensor, key: Tensor) -> None:
+        layer = call.tap.layer
+        if layer not in self.shapes:
+            self.shapes[layer] = _shape(call)
+        for role, x in (("key", call.key), ("value", call.value)):
+            self._check(layer, "forward pass", role, x)
+            wide = x.detach().double()
+            self._add(f"layers.{layer}.{role}.sum", wide.sum((0, 2)))
+            self._add(f"layers.{layer}.{role}.square_sum", wide.square().sum((0, 2)))
+            self._keep(f"layers.{layer}.sample.{role}", x.detach().transpose(1, 2))
+        raw = call.query.detach().float()
+        grouped = raw.reshape(raw.shape[0], key.shape[1], -1, raw.shape[3])
+        self._add(f"layers.{layer}.query.outer", (grouped.transpose(2, 3) @ grouped).double().sum(0))
+        squared = raw.square().sum(-1).transpose(0, 1).flatten(1)
+        self._add(f"layers.{layer}.query.norm_histogram", norm_histogram(squared))
+        total, peak = drawn_attention(
+            query, key, call.scaling, self.window, call.kwargs.get("softcap"), call.kwargs.get("s_aux")
+        )
+        self._add(f"layers.{layer}.attention.peak_sum", peak.double().sum((0, 2)))
+        self._add(f"layers.{layer}.attention.peak_square_sum", peak.double().square().sum((0, 2)))
+        self._keep(f"layers.{layer}.sample.attention_sum", total.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_peak", peak.transpose(1, 2))
+
+    def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
+        self._check(layer, "backward pass", f"gradient of the {role}", gradient)
+        fisher = gradient.detach().float().square()
+        self._add(f"layers.{layer}.{role}.fisher_sum", fisher.double().sum((0, 2)))
+        self._keep(f"layers.{layer}.sample.{role}_fisher", fisher.transpose(1, 2))
+
+    def _check(self, layer: int, stage: str, what: str, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise NonFiniteActivations(
+                f"fisher: layer {layer}: the {what} of the {stage} has NaN or infinite elements; "
+                "try --dtype float32 or bfloat16, and check the model's weights"
+            )
+
+    def _add(self, name: str, value: Tensor) -> None:
+        # Sums live where the layer lives; they are small.
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.clone()
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        """Keep this batch's sampled tokens of `x [B, T, ...]`."""
+        self.kept.setdefault(name, []).append(x[self.row.to(x.device), self.token.to(x.device)].cpu())
+
+
+def _shape(call: Call) -> LayerShape:
+    bias = getattr(getattr(call.tap.module, "k_proj", None), "bias", None)
+    return LayerShape(
+        index=call.tap.layer,
+        query_heads=call.query.shape[1],
+        kv_heads=call.key.shape[1],
+        head_dim=call.key.shape[3],
+        key_bias_norm=None if bias is None else float(bias.detach().float().norm()),
+    )
+
+
+def run_pass(
+    model: PreTrainedModel,
+    rotations: dict[int, Rotation],
+    sequences: np.ndarray,
+    identity: ModelIdentity,
+    settings: PassSettings,
+    resume: tuple[Calibration, int] | None = None,
+    on_batch: Callable[[int, Callable[[], Calibration]], None] | None = None,
+) -> Calibration:
+    """Run `sequences [N, T]` through the model and back, and return the calibration record.
+
+    Args:
+        rotations: the layers to calibrate (`model.selftest`).
+        resume: record of the first n sequences, and n.
+        on_batch: called after every batch with the number of sequences done and a function that makes the
+            record so far.
+
+    Raises:
+        NonFiniteActivations: NaN or infinity in keys, values, gradients or loss; names layer and stage.
+    """
+    positions = choose(sequences, settings.seed, settings.keep_tokens)
+    collector = _Collector(settings.window)
+    done, nll = 0, 0.0
+    hashes: list[np.ndarray] = []
+    if resume is not None:
+        record, done = resume
+        nll = record.info.nll_sum
+        collector.shapes = {s.index: s for s in record.info.layers}
+        for name, tensor in record.tensors.items():
+            if not name.startswith("sample."):
+                (collector.kept.setdefault(name, []).append(tensor) if ".sample." in name else None)
+                if ".sample." not in name:
+                    collector.sums[name] = tensor.clone()
+        hashes.append(_columns(record.tensors))
+
+    def record_now() -> Calibration:
+        return _record(collector, hashes, done, nll, sequences, identity, settings)
+
+    device = input_device(model)
+    with Taps(model, collector, rotations), _prepared(model, settings, sequences.shape[1]), torch.enable_grad():
+        while done < len(sequences):
+            batch = sequences[done : done + settings.batch_size]
+            chosen = positions[done : done + len(batch)]
+            row = np.repeat(np.arange(len(batch)), [len(c) for c in chosen])
+            token = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int64)
+            collector.start(torch.from_numpy(row), torch.from_numpy(token))
+            ids = torch.from_numpy(np.ascontiguousarray(batch)).long().to(device)
+            loss = summed_nll(model, ids)
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteActivations(
+                    f"fisher: the loss of sequences {done}..{done + len(batch) - 1} is {loss.item()}; "
+                    "try --dtype float32 or bfloat16, and check the model's weights"
+                )
+            loss.backward()
+            nll += float(loss.detach().double())
+            ids_of = np.array([sequence_id(s) for s in batch], dtype=np.int64)
+            columns = [token_hash(settings.seed, int(i), c) for i, c in zip(ids_of, chosen, strict=True)]
+            hashes.append(
+                np.stack([np.concatenate(columns), ids_of[row], token]) if len(row) else np.zeros((3, 0), int)
+            )
+            done += len(batch)
+            if on_batch is not None:
+                on_batch(done, record_now)
+    return record_now()
+
+
+def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Summed next-token NLL of full sequences `ids [B, T]`, in nats, float32."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    targets = ids[:, 1:].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+@contextlib.contextmanager
+def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> Iterator[None]:
+    """Freeze the weights, let gradients start at the embeddings, checkpoint long batches; undone at the end."""
+    training = model.training
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.eval()
+    # Something upstream must require gradients; the weights need none.
+    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+    checkpointing = settings.checkpointing
+    if checkpointing is None:
+        checkpointing = settings.batch_size * length > CHECKPOINT_TOKENS and model.supports_gradient_checkpointing
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Checkpointing wants a layer in training mode; its children stay in eval mode, so dropout stays off.
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    try:
+        yield
+    finally:
+        handle.remove()
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+def _columns(tensors: dict[str, Tensor]) -> np.ndarray:
+    return np.stack([tensors[f"sample.{n}"].numpy() for n in ("hash", "sequence", "position")])
+
+
+def _record(
+    collector: _Collector,
+    hashes: list[np.ndarray],
+    done: int,
+    nll: float,
+    sequences: np.ndarray,
+    identity: ModelIdentity,
+    settings: PassSettings,
+) -> Calibration:
+    columns: Any = np.concatenate(hashes, axis=1)
+    order = np.argsort(columns[0], kind="stable")
+    index = torch.from_numpy(order)
+    tensors = {name: tensor.cpu() for name, tensor in collector.sums.items()}
+    tensors.update({name: torch.cat(parts)[index] for name, parts in collector.kept.items()})
+    for row, name in enumerate(("hash", "sequence", "position")):
+        tensors[f"sample.{name}"] = torch.from_numpy(columns[row][order].astype(np.int64))
+    info = CalibrationInfo(
+        model=identity,
+        data=settings.data,
+        seed=settings.seed,
+        keep_tokens=settings.keep_tokens,
+        window=settings.window,
+        seq_len=sequences.shape[1],
+        sequences=done,
+        tokens=done * sequences.shape[1],
+        nll_sum=nll,
+        predicted_tokens=done * (sequences.shape[1] - 1),
+        fingerprint=settings.fingerprint,
+        layers=[collector.shapes[i] for i in sorted(collector.shapes)],
+    )
+    return Calibration(info, tensors)

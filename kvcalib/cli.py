@@ -1,0 +1,478 @@
+"""The `kvcalib` command line: parse, call one stage, print. No arithmetic.
+
+Results go to standard output, progress and notes to standard error. Exit codes: 0 done, 2 bad usage or input, 3 the
+model or artifact does not fit, 4 the folder holds something else, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvcalib import __version__
+from kvcalib.errors import InputError, KvcalibError
+
+if TYPE_CHECKING:
+    from kvcalib.evaluation.perplexity import Evaluation
+
+app = typer.Typer(
+    help="Calibrate a language model's KV cache for 2 to 4 bits, and measure what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Without a terminal rich would cut tables at 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run; each stage reads and writes there.")]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run (`kvcalib fisher --run`).", metavar="RUN")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Local folder, Hub id, or builtin (the demo model).", metavar="MODEL")
+]
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data", help="builtin, a .txt/.jsonl/.parquet file, wikitext2, c4, or a Hub data set owner/name:split:column."
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map (spread over all devices).")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: about 2048 tokens.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the token sample and of random crops.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+RemoteOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings. Off by default.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings wrote there.")]
+OutliersOption = Annotated[
+    float, typer.Option(min=0, max=0.05, help="Exact share of each token's elements (a fixed number, by rank).")
+]
+SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept exact and left out of the fit.")]
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Errors meant for the user become one message and their exit code."""
+    try:
+        yield
+    except KvcalibError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is its right.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"[bold red]error[/]: {_escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _quiet_libraries() -> None:
+    """transformers' own bars and hints would tear our progress bars; its errors reach the user through ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        Console(stderr=True).print(f"[yellow]warning[/]: {_escape(str(message))}", highlight=False, soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """kvcalib."""
+    if version:
+        print(f"kvcalib {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run and its artifacts.")] = Path("artifacts/demo"),
+) -> None:
+    """The whole road on the embedded model, offline, in minutes on two cores."""
+    with _errors():
+        _quiet_libraries()
+        from kvcalib.stages import pipeline
+
+        done = pipeline.demo(out)
+        _print_friendliness(done.run_dir)
+        _print_evaluations(done.evaluations)
+        out_console.print(f"stages took {done.seconds:.0f} s", highlight=False)
+        _print_path("3-bit artifact", out / "nuq3")
+
+
+@app.command()
+def run(
+    target: Annotated[
+        str, typer.Argument(metavar="PIPELINE.yaml|MODEL", help="A recipe, or a model folder or Hub id.")
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="Calibration text; what follows it in a file is evaluated on.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys and values.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the artifact.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Evaluation text; default: --data.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """All stages: fisher, fit-nuq, friendliness, build, eval."""
+    with _errors():
+        _quiet_libraries()
+        from kvcalib.recipe import Recipe, read_recipe
+        from kvcalib.stages import pipeline
+
+        if target.endswith((".yaml", ".yml")):
+            recipe = read_recipe(Path(target))
+        else:
+            name = target.rstrip("/").rsplit("/", 1)[-1].lower()
+            recipe = Recipe(model=target, out=out or Path("artifacts") / f"{name}-nuq{bits or 3}")
+        body = recipe.model_dump()
+        given = {"samples": samples, "seq_len": seq_len, "data": data}
+        body["fisher"].update({k: v for k, v in given.items() if v is not None})
+        if body["evaluate"] is not None:
+            chosen = {"seq_len": seq_len, "data": eval_data or data}
+            body["evaluate"].update({k: v for k, v in chosen.items() if v is not None})
+        for part in ("fisher", "evaluate"):
+            if body[part] is not None:
+                body[part].update({k: v for k, v in {"dtype": dtype, "device": device}.items() if v != "auto"})
+        if bits is not None:
+            body["fit"].update(key_bits=bits, value_bits=bits)
+        if out is not None:
+            body["out"] = out
+        recipe = Recipe.model_validate(body)
+        done = pipeline.run(recipe, overwrite)
+        _print_friendliness(done.run_dir)
+        _print_evaluations(done.evaluations)
+        _print_path("artifact", recipe.out)
+
+
+@app.command()
+def fisher(
+    model: ModelArgument,
+    run: RunOption,
+    data: DataOption = "builtin",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
+    keep_tokens: Annotated[int, typer.Option(min=16, help="Tokens kept whole; bounds memory and disk.")] = 8192,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    window: Annotated[int, typer.Option(min=1, help="Queries of the windowed attention maximum.")] = 5,
+    seed: SeedOption = 0,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Fisher information of pre-RoPE keys and of values, and all other statistics, from text."""
+    with _errors():
+        _quiet_libraries()
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import fisher as stage
+
+        settings = _settings(
+            stage.FisherSettings, data=data, samples=samples, seq_len=seq_len, keep_tokens=keep_tokens, dtype=dtype,
+            device=device, batch_size=batch_size, window=window, seed=seed, revision=revision,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        from kvcalib.model.loading import load_model, load_tokenizer
+
+        load_tokenizer(model, revision, trust_remote_code)
+        loaded = load_model(model, dtype, device, revision, trust_remote_code)
+        record = stage.run(RunDir(run, create=True), model, settings, overwrite, loaded)
+        info = record.info
+        out_console.print(
+            f"{info.sequences} sequences, {info.tokens} tokens, NLL {info.nll:.4f} nats per token, "
+            f"{len(record.tensors['sample.hash'])} tokens kept, {len(info.layers)} layers",
+            highlight=False,
+        )
+        _print_path("calibration", run / "calibration.safetensors")
+
+
+@app.command("fit-nuq")
+def fit_nuq(
+    run: RunArgument,
+    bits: Annotated[int, typer.Option(min=1, max=8, help="Bits of keys and values.")] = 3,
+    key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
+    value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
+    granularity: Annotated[str, typer.Option(help="One key codebook per layer, head or channel.")] = "channel",
+    value_granularity: Annotated[str, typer.Option(help="One value codebook per layer, head or channel.")] = "head",
+    value_scale: Annotated[
+        str, typer.Option(help="Zero and scale of values per token, or per token and head.")
+    ] = "token",
+    outliers: OutliersOption = 0.01,
+    sinks: SinksOption = 0,
+    format: Annotated[str, typer.Option(help="nuq (fitted), nf (NormalFloat) or int (uniform).")] = "nuq",
+    weights: Annotated[
+        str, typer.Option(help="fisher_scale (KVQuant's Eq. 7), fisher (its code), or none.")
+    ] = "fisher_scale",
+    qnorm: Annotated[bool, typer.Option(help="Give codebooks back the mean and spread that rounding takes.")] = True,
+    solver: Annotated[str, typer.Option(help="exact, or lloyd (scikit-learn, as the papers).")] = "exact",
+) -> None:
+    """Codebooks by weighted k-means, and the predicted loss of every width of every channel."""
+    with _errors():
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import fit_nuq as stage
+
+        settings = _settings(
+            stage.FitNuqSettings, key_bits=key_bits or bits, value_bits=value_bits or bits, granularity=granularity,
+            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers, sinks=sinks, format=format,
+            weights=weights, qnorm=qnorm, solver=solver,
+        )  # fmt: skip
+        codebooks = stage.run(RunDir(run), settings)
+        table = Table(title="predicted loss, nats per token")
+        widths = (1, 2, 3, 4, 6, 8)
+        for column in ("layer", "", *(f"{w} bit" for w in widths)):
+            table.add_column(column, justify="right")
+        for layer in codebooks.layers:
+            for role in stage.ROLES:
+                losses = (stage.predicted_total(codebooks, layer, role, w) for w in widths)
+                table.add_row(str(layer), role, *(f"{loss:.1e}" for loss in losses))
+        out_console.print(table)
+        _print_path("codebooks", run / "codebooks.safetensors")
+
+
+@app.command()
+def friendliness(run: RunArgument) -> None:
+    """Relative quantization error of each layer's tokens."""
+    with _errors():
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import friendliness as stage
+
+        stage.run(RunDir(run))
+        _print_friendliness(run)
+
+
+@app.command()
+def build(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
+    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys and values; default: as fitted.")] = None,
+    key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
+    value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
+    recent: Annotated[int, typer.Option(min=0, help="Last tokens that a loader keeps exact by default.")] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Codebooks and bits to an artifact."""
+    with _errors():
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import build as stage
+
+        stage.run(RunDir(run), out, key_bits or bits, value_bits or bits, recent, overwrite)
+        _print_path("artifact", out)
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[list[str], typer.Argument(help="Artifact folders or Hub ids.", metavar="ARTIFACT...")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id; default: the one the artifact names.")
+    ] = None,
+    data: DataOption = "builtin",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
+    skip: Annotated[int, typer.Option(min=0, help="Sequences of a file or data set left out at its start.")] = 0,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens kept exact; default: the artifact's.")] = None,
+    recent: Annotated[int | None, typer.Option(min=0, help="Last tokens kept exact; default: the artifact's.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    seed: SeedOption = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the measures to this file.")] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Perplexity and KLD against the unquantized model, on real packed storage, prompt included."""
+    with _errors():
+        _quiet_libraries()
+        from kvcalib.runtime.loader import load
+        from kvcalib.stages import evaluate as stage
+
+        settings = _settings(
+            stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
+            dtype=dtype, device=device, batch_size=batch_size, seed=seed, revision=revision,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        loaded = [load(a) for a in artifact]
+        _print_evaluations(stage.run(loaded, model or loaded[0].manifest.model.name, settings, json))
+
+
+@app.command()
+def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")]) -> None:
+    """What an artifact or a run is: model, calibration, bits and losses by layer."""
+    with _errors():
+        from kvcalib.artifact import store
+
+        if (target / "run.json").is_file():
+            _inspect_run(target)
+            return
+        manifest = store.read_manifest(target)
+        key, value = manifest.mean_bits
+        grid = Table.grid(padding=(0, 2))
+        fit, source = manifest.fit, manifest.calibration
+        for name, shown in (
+            ("model", f"{manifest.model.name} ({manifest.model.model_type})"),
+            ("made by", f"kvcalib {manifest.producer.version}, format version {manifest.format_version}"),
+            ("codes", f"keys {key:.2f} bit, values {value:.2f} bit, {fit.format}, weights {fit.weights}"),
+            ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
+            (
+                "exact",
+                f"{100 * fit.outliers:g} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
+            ),
+            (
+                "calibration",
+                f"{source.data}: {source.sequences} x {source.seq_len} tokens, {source.sampled_tokens} kept",
+            ),
+            ("layers", f"{len(manifest.layers)} of {manifest.model.num_hidden_layers} quantized"),
+        ):
+            grid.add_row(name, shown)
+        out_console.print(grid, highlight=False)
+        table = Table()
+        for column in (
+            "layer",
+            "kv heads",
+            "head dim",
+            "key bits",
+            "value bits",
+            "key loss",
+            "value loss",
+            "key error",
+            "value error",
+        ):
+            table.add_column(column, justify="right")
+        for layer in manifest.layers:
+            friendly = layer.friendliness
+            table.add_row(
+                str(layer.index), str(layer.key.kv_heads), str(layer.key.head_dim),
+                f"{layer.key.mean_bits:.2f}", f"{layer.value.mean_bits:.2f}",
+                f"{layer.key.predicted_loss:.2e}", f"{layer.value.predicted_loss:.2e}",
+                "" if friendly is None else f"{friendly.key_error:.3f}",
+                "" if friendly is None else f"{friendly.value_error:.3f}",
+            )  # fmt: skip
+        out_console.print(table)
+
+
+def _inspect_run(target: Path) -> None:
+    from kvcalib.rundir import RunDir
+
+    run = RunDir(target)
+    for stage in ("fisher", "fit-nuq", "friendliness"):
+        record = run.record(stage)
+        out_console.print(f"[bold]{stage}[/]: {'has not run' if record is None else ''}", highlight=False)
+        for name, value in ({} if record is None else record["settings"]).items():
+            out_console.print(f"  {name} = {value}", highlight=False, markup=False)
+
+
+@app.command()
+def verify(artifact: Annotated[Path, typer.Argument(help="An artifact's folder.")]) -> None:
+    """Check every byte of an artifact against its hashes, and that a loader can use it."""
+    with _errors():
+        from kvcalib.runtime.loader import load
+
+        if not artifact.is_dir():
+            raise InputError(f"{artifact}: no such folder; give the folder of an artifact")
+        loaded = load(artifact)
+        print(f"{artifact}: intact ({len(loaded.manifest.tensors)} tensors, {len(loaded.quantizers)} layers)")
+
+
+@app.command()
+def validate(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="PIPELINE.yaml")],
+) -> None:
+    """Check a recipe without running it: every field, a local model's folder, a data file."""
+    with _errors():
+        _quiet_libraries()
+        from kvcalib.model.loading import resolve
+        from kvcalib.model.text import SUFFIXES
+        from kvcalib.recipe import read_recipe
+
+        checked = read_recipe(recipe)
+        resolve(checked.model)
+        for part, settings in (("fisher", checked.fisher), ("evaluate", checked.evaluate)):
+            if settings is not None and Path(settings.data).suffix in SUFFIXES and not Path(settings.data).is_file():
+                raise InputError(f"{recipe}: {part}.data is {settings.data!r}: no such file")
+        bits = f"keys {checked.fit.key_bits} bit, values {checked.fit.value_bits} bit"
+        print(f"{recipe}: valid; model {checked.model}, {bits}")
+
+
+def _settings(kind: Callable[..., Any], **values: Any) -> Any:
+    """A stage's settings, or an error that names the option."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise InputError(f"{option} is {first['input']!r}: {first['msg']}") from None
+
+
+def _print_path(what: str, path: Path) -> None:
+    out_console.print(f"{what}: {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_friendliness(run: Path) -> None:
+    from kvcalib.files import read_json
+    from kvcalib.rundir import FRIENDLINESS
+
+    table = Table(title="friendliness: 1 - mean relative error of a layer's keys and values")
+    layers = read_json(run / FRIENDLINESS)["layers"]
+    table.add_column("layer", justify="right")
+    for bits in layers[0]["bits"]:
+        table.add_column(f"{bits} bit", justify="right")
+    for layer in layers:
+        table.add_row(str(layer["index"]), *(f"{v['friendliness']:.3f}" for v in layer["bits"].values()))
+    out_console.print(table)
+
+
+def _print_evaluations(results: list[Evaluation]) -> None:
+    if not results:
+        return
+    first = results[0]
+    table = Table(title="quality and size")
+    columns = ("", "effective\nbits", "cache bytes\nper token", "perplexity", "delta\nNLL", "KLD", "top-1\nagreement")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    per_token = first.fp16_cache_bytes / first.seq_len
+    table.add_row("fp16", "16.00", f"{per_token:.0f}", f"{_exp(first.fp16_nll):.3f}", "", "0", "")
+    for r in results:
+        table.add_row(
+            Path(r.artifact).name, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}", f"{r.ppl:.3f}",
+            f"{r.delta_nll:+.5f}", f"{r.kld:.5f}", f"{100 * r.top1_agreement:.2f} %",
+        )  # fmt: skip
+    out_console.print(table)
+    out_console.print(
+        f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
+        f"model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); {first.protocol}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _exp(nll: float) -> float:
+    import math
+
+    return math.exp(min(nll, 700.0))

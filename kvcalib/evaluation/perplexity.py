@@ -1,0 +1,136 @@
+"""Perplexity and divergence of packed caches against the unquantized model, on the same text.
+
+Every sequence is one forward pass over an empty packed cache: attention reads what the cache stored, for the prompt's
+own tokens too. That is the hardest protocol (no token but the sinks and the recent window is ever exact).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import DynamicCache, PreTrainedModel
+
+from kvcalib.errors import NonFiniteActivations
+from kvcalib.evaluation.divergence import compare_logits
+from kvcalib.model.loading import input_device
+from kvcalib.model.rotary import Rotation
+from kvcalib.runtime.loader import Artifact, attach, detach, prove
+
+PROTOCOL = (
+    "each sequence in one forward pass on real packed storage, prompt included; KLD is the mean over positions of "
+    "KL(unquantized || quantized)"
+)
+
+
+class Evaluation(BaseModel):
+    """Measures of one artifact; losses in nats per token, sizes in bytes of one sequence's cache."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifact: str
+    nll: float
+    ppl: float
+    fp16_nll: float = Field(description="NLL of the unquantized model on the same tokens, in its own dtype.")
+    delta_nll: float
+    kld: float
+    top1_agreement: float
+    effective_bits: float = Field(description="All bytes of the packed layers times 8, per key or value element.")
+    cache_bytes: float = Field(description="Bytes of the cache of one sequence of seq_len tokens.")
+    fp16_cache_bytes: float = Field(description="The same in 16 bit.")
+    seq_len: int
+    tokens: int
+    sinks: int
+    recent: int
+    dtype: str
+    protocol: str = PROTOCOL
+
+
+def evaluate(
+    model: PreTrainedModel,
+    artifacts: Sequence[Artifact],
+    sequences: np.ndarray,
+    sinks: int | None = None,
+    recent: int | None = None,
+    batch_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Evaluation]:
+    """Measure every artifact on `sequences [N, T]` (int64 token ids); the unquantized logits are computed once.
+
+    Raises:
+        UnsupportedModel, ArtifactMismatch: as `attach`. NonFiniteActivations: the logits have NaN or infinities.
+    """
+    rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
+    device = input_device(model)
+    sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in artifacts]
+    held: list[tuple[float, float]] = [(0.0, 0.0)] * len(artifacts)
+    exact_bytes = 0.0
+    for start in range(0, len(sequences), batch_size):
+        ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size])).long().to(device)
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1).flatten()
+        with torch.no_grad():
+            stock = DynamicCache(config=model.config.get_text_config(decoder=True))
+            expected = model(input_ids=ids, past_key_values=stock).logits.flatten(0, 1)
+            exact_bytes = _exact_bytes(stock) / len(ids)
+            del stock
+            for number, artifact in enumerate(artifacts):
+                chosen = {layer: rotations[layer] for layer in artifact.quantizers}
+                attach(model, artifact, sinks, recent, rotations=chosen)
+                try:
+                    cache = artifact.new_cache(model, sinks, recent)
+                    found = model(input_ids=ids, past_key_values=cache).logits.flatten(0, 1)
+                finally:
+                    detach(model)
+                held[number] = (cache.nbytes() / len(ids), cache.effective_bits())
+                for name, values in compare_logits(expected, found, targets).items():
+                    sums[number][name] += float(values.sum())
+        if on_batch is not None:
+            on_batch(min(start + batch_size, len(sequences)))
+    return [
+        _result(model, artifact, sequences, total, size, exact_bytes, sinks, recent)
+        for artifact, total, size in zip(artifacts, sums, held, strict=True)
+    ]
+
+
+def _exact_bytes(cache: DynamicCache) -> float:
+    """Bytes of a stock cache if its elements had 16 bits."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return float(sum(2 * t.numel() for t in tensors if isinstance(t, torch.Tensor)))
+
+
+def _result(
+    model: PreTrainedModel,
+    artifact: Artifact,
+    sequences: np.ndarray,
+    total: dict[str, float],
+    held: tuple[float, float],
+    exact_bytes: float,
+    sinks: int | None,
+    recent: int | None,
+) -> Evaluation:
+    positions, predicted = sequences.size, sequences.shape[0] * (sequences.shape[1] - 1)
+    nll, exact_nll = total["nll"] / predicted, total["expected_nll"] / predicted
+    if not (math.isfinite(nll) and math.isfinite(exact_nll)):
+        which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
+        raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
+    default = artifact.manifest.runtime
+    return Evaluation(
+        artifact=str(artifact.path or artifact.manifest.model.name),
+        nll=nll,
+        ppl=math.exp(min(nll, 700.0)),
+        fp16_nll=exact_nll,
+        delta_nll=nll - exact_nll,
+        kld=total["kld"] / positions,
+        top1_agreement=total["agree"] / positions,
+        effective_bits=held[1],
+        cache_bytes=held[0],
+        fp16_cache_bytes=exact_bytes,
+        seq_len=sequences.shape[1],
+        tokens=positions,
+        sinks=default.sinks if sinks is None else sinks,
+        recent=default.recent if recent is None else recent,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

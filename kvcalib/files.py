@@ -1,0 +1,114 @@
+"""Files that are written whole or not at all, and safetensors files with one metadata key.
+
+A write goes to a temporary name beside the target and is renamed. safetensors orders its metadata at random, so the
+same content would give other bytes from run to run: all of ours have a single key, `kvcalib`, with canonical JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from kvcalib.errors import CorruptFile, InputError
+
+METADATA_KEY = "kvcalib"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` atomically.
+
+    Raises:
+        InputError: the folder cannot be written or the disk is full; what was at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
+        raise write_error(path, error, len(content)) from error
+
+
+def write_error(path: Path, error: OSError, size: int | None = None) -> InputError:
+    """The error to show when writing `path` failed."""
+    wanted = "" if size is None else f" ({size / 1e6:.1f} MB)"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"{path}: the disk is full, nothing was changed{wanted}; free space or choose another folder")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return InputError(f"{path}: not writable ({error.strerror}); choose another folder")
+    return InputError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as sorted, indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of `path`; CorruptFile if it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path}: not valid JSON ({error}); it is damaged or not ours") from None
+
+
+def encode_tensors(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
+    """A safetensors file with `metadata` as its one key; the same content gives the same bytes."""
+    note = {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
+    return save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=note)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """`(tensors, metadata)` of a file made by `encode_tensors`.
+
+    Raises:
+        InputError: there is no such file. CorruptFile: it is truncated, damaged or has no metadata of ours.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: not found")
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = (file.metadata() or {}).get(METADATA_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptFile(
+            f"{path}: not a readable safetensors file ({error}); {path.stat().st_size} bytes, probably truncated: "
+            "copy or build it again"
+        ) from None
+    if note is None:
+        raise CorruptFile(f"{path}: safetensors metadata has no key {METADATA_KEY!r}; it was not written by kvcalib")
+    return tensors, json.loads(note)
+
+
+def hash_bytes(content: bytes) -> str:
+    """sha256 of `content`, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """sha256 of the tensor's bytes, row-major."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hash_bytes(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")

@@ -1,0 +1,1 @@
+"""The Hugging Face model: loading it, cutting text into token sequences, and tapping its attention."""

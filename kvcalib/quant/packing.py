@@ -1,0 +1,196 @@
+"""Codes of 0 to 8 bits packed densely into rows of 32-bit words.
+
+One row holds the codes of one token: `codes [..., H, D]` becomes `words [..., W]` int32. A static table says, for every
+head and channel, in which word and at which shift its bits lie. A code is cut into planes of 4, 2 and 1 bits
+(3 = 2 + 1, 7 = 4 + 2 + 1, 8 = 4 + 4, low bits in the first plane). Inside a segment the fields follow one another from
+large to small, so no field ever straddles two words and at most 31 bits of a segment stay unused. A segment is a head
+(heads can be read, sharded and evicted alone) or, where that would waste more than 2 %, the whole row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PLANES: dict[int, tuple[int, ...]] = {
+    0: (), 1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (4, 4),
+}  # fmt: skip
+MAX_PLANES = 3
+MAX_BITS = 8
+Segment = Literal["head", "row"]
+HEAD_SEGMENT_WASTE = 0.02
+
+
+@dataclass
+class Layout:
+    """Where each channel's bits lie in a row.
+
+    Attributes:
+        widths: `[H, D]` uint8, bits per channel, 0..8.
+        word: `[P, H, D]` int16, word index of each plane, -1 where the channel has no such plane.
+        shift: `[P, H, D]` uint8, position of the field's lowest bit in its word.
+        words: W, the words of one row.
+        segment: "head" when each head's words stand alone, else "row".
+    """
+
+    widths: Tensor
+    word: Tensor
+    shift: Tensor
+    words: int
+    segment: Segment
+    _tables: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def build(cls, widths: Tensor, segment: Segment | None = None) -> Layout:
+        """Lay out `widths [H, D]`; `segment=None` takes "head" unless that wastes more than 2 % of a row.
+
+        Raises:
+            ValueError: a width outside 0..8.
+        """
+        table = check_widths(widths)
+        if segment is None:
+            by_head = cls.build(table, "head")
+            return by_head if by_head.waste <= HEAD_SEGMENT_WASTE else cls.build(table, "row")
+        width = table.numpy()
+        heads, head_dim = width.shape
+        word = np.full((MAX_PLANES, heads, head_dim), -1, dtype=np.int16)
+        shift = np.zeros((MAX_PLANES, heads, head_dim), dtype=np.uint8)
+        bit = 0
+        for rows in [[h] for h in range(heads)] if segment == "head" else [list(range(heads))]:
+            bit = -(-bit // 32) * 32
+            # Wide channels first: channels of one width then stand together, as the kernels want them.
+            order = sorted(((h, d) for h in rows for d in range(head_dim)), key=lambda c: -int(width[c]))
+            for size in (4, 2, 1):
+                for plane in range(MAX_PLANES):
+                    for h, d in order:
+                        planes = PLANES[int(width[h, d])]
+                        if plane < len(planes) and planes[plane] == size:
+                            word[plane, h, d], shift[plane, h, d] = divmod(bit, 32)
+                            bit += size
+        used = max(1, *(len(PLANES[int(w)]) for w in np.unique(width)))
+        return cls(table, torch.from_numpy(word[:used]), torch.from_numpy(shift[:used]), -(-bit // 32), segment)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one row that carry codes."""
+        return int(self.widths.sum())
+
+    @property
+    def waste(self) -> float:
+        """Share of a row's bits that carry nothing."""
+        return 1 - self.bits / (32 * self.words) if self.words else 0.0
+
+    def check(self) -> None:
+        """Raise ValueError unless every field lies inside the row, on its own bits, as the widths ask."""
+        used = np.zeros(self.words * 32, dtype=bool)
+        planes, heads, head_dim = self.word.shape
+        if (heads, head_dim) != tuple(self.widths.shape) or self.shift.shape != self.word.shape:
+            raise ValueError(f"layout tables {tuple(self.word.shape)} do not fit widths {tuple(self.widths.shape)}")
+        for h, d in np.ndindex(heads, head_dim):
+            sizes = PLANES[int(self.widths[h, d])]
+            for plane in range(max(planes, len(sizes))):
+                word = int(self.word[plane, h, d]) if plane < planes else -1
+                if (plane < len(sizes)) != (word >= 0):
+                    raise ValueError(f"layout: head {h} channel {d} plane {plane} has word {word}, width {sizes}")
+                if word < 0:
+                    continue
+                shift = int(self.shift[plane, h, d])
+                first = word * 32 + shift
+                if word >= self.words or shift + sizes[plane] > 32 or used[first : first + sizes[plane]].any():
+                    raise ValueError(f"layout: head {h} channel {d} plane {plane} overlaps or leaves the row")
+                used[first : first + sizes[plane]] = True
+
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """`(word, shift, mask, position)`, each `[P, H*D]`, on `device`; unused planes have mask 0."""
+        if device not in self._tables:
+            planes = self.word.shape[0]
+            sizes = torch.zeros(planes, *self.widths.shape, dtype=torch.int32)
+            for plane in range(planes):
+                for width, split in PLANES.items():
+                    if plane < len(split):
+                        sizes[plane][self.widths == width] = split[plane]
+            position = (sizes.cumsum(0) - sizes).int()
+            flat = (self.word.clamp(min=0).long(), self.shift.int(), (1 << sizes) - 1, position)
+            self._tables[device] = tuple(t.flatten(1).to(device) for t in flat)
+        return self._tables[device]
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """`codes [..., H, D]` (any integer type) to `words [..., W]` int32.
+
+        Raises:
+            ValueError: the last two dimensions are not those of `widths`.
+        """
+        if codes.shape[-2:] != self.widths.shape:
+            raise ValueError(f"codes end in {tuple(codes.shape[-2:])}, expected {tuple(self.widths.shape)}")
+        lead = codes.shape[:-2]
+        # One channel per row: index_add_ then adds whole rows, and fields never share bits, so + is |.
+        columns = codes.reshape(-1, self.widths.numel()).T.to(torch.int32)
+        words = torch.zeros(self.words, columns.shape[1], dtype=torch.int32, device=codes.device)
+        word, shift, mask, position = self.tables(codes.device)
+        for plane in range(word.shape[0]):
+            fields = (columns >> position[plane, :, None]) & mask[plane, :, None]
+            if self.words:
+                words.index_add_(0, word[plane], fields << shift[plane, :, None])
+        return words.T.contiguous().reshape(*lead, self.words)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """`words [..., W]` int32 to `codes [..., H, D]` int32."""
+        lead = words.shape[:-1]
+        rows = words.reshape(lead.numel(), self.words)
+        word, shift, mask, position = self.tables(words.device)
+        codes = torch.zeros(rows.shape[0], self.widths.numel(), dtype=torch.int32, device=words.device)
+        for plane in range(word.shape[0] if self.words else 0):
+            fields = (rows.index_select(1, word[plane]) >> shift[plane]) & mask[plane]
+            codes |= fields << position[plane]
+        return codes.reshape(*lead, *self.widths.shape)
+
+
+def check_widths(widths: Tensor) -> Tensor:
+    """`widths [H, D]` as uint8 on the CPU, or ValueError naming the first width outside 0..8."""
+    table = torch.as_tensor(widths).cpu()
+    if table.ndim != 2:
+        raise ValueError(f"widths has shape {tuple(table.shape)}, expected [heads, head_dim]")
+    wrong = ((table < 0) | (table > MAX_BITS)).nonzero()
+    if len(wrong):
+        h, d = wrong[0].tolist()
+        raise ValueError(f"widths[{h}][{d}] is {table[h, d].item()}, expected 0..{MAX_BITS}")
+    return table.to(torch.uint8).contiguous()
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack `codes [..., N]` of `bits` (1..8) bits each into `[..., ceil(N * bits / 32)]` int32 words.
+
+    Raises:
+        ValueError: `bits` outside 1..8, or a code that does not fit into `bits` bits.
+    """
+    _check_bits(bits)
+    codes = torch.as_tensor(codes)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}, expected 0..{(1 << bits) - 1}")
+    return _uniform(codes.shape[-1], bits).pack(codes.unsqueeze(-2))
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """The `count` codes per row that `pack` put into `words [..., W]`; `[..., count]` int32.
+
+    Raises:
+        ValueError: `bits` outside 1..8, or a row that is not `ceil(count * bits / 32)` words long.
+    """
+    _check_bits(bits)
+    layout = _uniform(count, bits)
+    if words.shape[-1] != layout.words:
+        raise ValueError(f"rows have {words.shape[-1]} words, expected {layout.words} for {count} codes of {bits} bits")
+    return layout.unpack(words).squeeze(-2)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits is {bits}, expected 1..{MAX_BITS}")
+
+
+def _uniform(count: int, bits: int) -> Layout:
+    return Layout.build(torch.full((1, count), bits, dtype=torch.uint8), "row")

@@ -1,0 +1,108 @@
+"""One tensor's quantizer: keys or values of one layer, in and out of packed form.
+
+Keys: `x = codebook[h, d][code]`. Values: `x = zero + scale * codebook[h, d][code]` with zero and scale per token or per
+token and head. In both, a fixed number of elements per group is kept exact (`outliers.py`). This class is what the
+cache stores through, what the calibration predicts with and what friendliness measures: one definition of the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvcalib.quant import outliers
+from kvcalib.quant.codebook import Codebook
+from kvcalib.quant.packing import Layout
+
+Scope = Literal["token", "head"]
+Rows = dict[str, Tensor]
+"""What is stored of N tokens: name to tensor, the token first. `words [N, W]`; with outliers `outlier_index` and
+`outlier_value [N, G, n]`; for values `zero` and `scale [N, G]`. G is 1 (scope "token") or H (scope "head")."""
+
+
+@dataclass
+class Quantizer:
+    """Quantizer of the keys or the values of one layer.
+
+    Attributes:
+        codebook: centroids per head and channel.
+        layout: where each channel's code lies in a row.
+        relative: False for keys; True for values, whose codebook is relative to zero and scale of the group.
+        scope: what a group is: all heads of a token, or each head of a token.
+        outliers: exact elements per group.
+        weight: `[H, D]` float32, mean Fisher of each channel; the exact elements are those that save the most of it.
+    """
+
+    codebook: Codebook
+    layout: Layout
+    relative: bool
+    scope: Scope
+    outliers: int
+    weight: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Groups of one token: 1 or H."""
+        return self.layout.widths.shape[0] if self.scope == "head" else 1
+
+    def encode(self, x: Tensor, exact_dtype: torch.dtype) -> Rows:
+        """`x [N, H, D]` to rows; exact elements, zero and scale are kept in `exact_dtype` (2 bytes)."""
+        x = x.float()
+        grouped = x.reshape(x.shape[0], self.groups, -1)
+        rows: Rows = {}
+        if self.relative:
+            lower, upper, index = outliers.shortest_window(grouped, self.outliers)
+            rows["zero"] = saturate((lower + upper) / 2, exact_dtype)
+            rows["scale"] = saturate((upper - lower) / 2, exact_dtype)
+            # Codes are taken against the rounded zero and scale, so that rounding them costs next to nothing.
+            scale = rows["scale"].float()[..., None]
+            normal = (grouped - rows["zero"].float()[..., None]) / torch.where(scale > 0, scale, 1.0)
+            codes = self.codebook.encode(normal.reshape(x.shape))
+        else:
+            codes = self.codebook.encode(x)
+            error = (x - self.codebook.decode(codes)).square() * self.weight.to(x.device)
+            index = outliers.largest(error.reshape(grouped.shape), self.outliers)
+        if self.outliers:
+            rows["outlier_value"] = saturate(grouped.gather(-1, index), exact_dtype)
+            rows["outlier_index"] = index.to(self.index_dtype)
+        rows["words"] = self.layout.pack(codes)
+        return rows
+
+    def decode(self, rows: Rows) -> Tensor:
+        """Rows of N tokens back to float32 `[N, H, D]`."""
+        codes = self.layout.unpack(rows["words"])
+        x = self.codebook.decode(codes)
+        grouped = x.reshape(x.shape[0], self.groups, -1)
+        if self.relative:
+            grouped = torch.addcmul(rows["zero"].float()[..., None], rows["scale"].float()[..., None], grouped)
+        if self.outliers:
+            grouped = grouped.scatter(-1, rows["outlier_index"].long(), rows["outlier_value"].float())
+        return grouped.reshape(x.shape)
+
+    def check(self) -> None:
+        """Raise ValueError unless the parts fit together and hold finite numbers."""
+        shape = self.layout.widths.shape
+        if self.weight.shape != shape or not bool(torch.isfinite(self.weight).all()):
+            raise ValueError(f"weight has shape {tuple(self.weight.shape)} or is not finite, expected {tuple(shape)}")
+        if not bool(torch.isfinite(self.codebook.centroids).all()):
+            raise ValueError("codebook holds values that are not finite")
+        if bool((self.codebook.centroids.diff(dim=-1) < 0).any()):
+            raise ValueError("codebook does not ascend in every channel")
+        elements = shape.numel() // self.groups
+        if self.outliers >= elements:
+            raise ValueError(f"outliers is {self.outliers}, expected less than the {elements} elements of a group")
+        self.layout.check()
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """One byte where a group has at most 256 elements, else two."""
+        return torch.uint8 if self.layout.widths.numel() // self.groups <= 256 else torch.int16
+
+
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in a two-byte type, at its largest number where it would overflow to infinity."""
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)

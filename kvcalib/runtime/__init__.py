@@ -1,0 +1,1 @@
+"""Serving an artifact: the packed cache, attention over it, and attaching both to a model."""

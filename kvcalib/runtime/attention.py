@@ -1,0 +1,109 @@
+"""Attention over a packed layer: chunk by chunk, never a full-precision copy of the cache.
+
+For every chunk of stored tokens: unpack, look up, rotate, score; the softmax is carried along as a running maximum and
+sum (online softmax, arXiv 1805.02867). All arithmetic in float32. This is the reference path on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 1024
+
+Chunks = Iterator[tuple[int, Tensor, Tensor]]
+
+
+def chunked_attention(
+    query: Tensor,
+    chunks: Chunks,
+    rotate: Callable[[Tensor, int], Tensor],
+    mask: Tensor | None,
+    length: int,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of `query` over `length` cached tokens that come in chunks.
+
+    Args:
+        query: `[B, Hq, Q, D]`, rotated; the last Q of the `length` tokens.
+        chunks: `(start, keys [B, H, t, D] un-rotated, values [B, H, t, Dv])`, float32, ascending.
+        rotate: `(keys, start) -> keys` rotated to their positions.
+        mask: None for plain causal, bool `[B or 1, 1, Q, length]` (True attends), or float to add.
+        scaling: factor on the scores.
+        softcap: `c * tanh(s / c)` on the scores (gemma2).
+        sink_logits: `[Hq]`, a logit per head that takes its share of the softmax and no value (gpt-oss).
+
+    Returns:
+        `[B, Q, Hq, Dv]` in the dtype of `query`.
+    """
+    batch, heads, queries, _ = query.shape
+    state: list[list[Tensor]] = []
+    blocks = range(0, queries, QUERY_BLOCK)
+    wide = query.float() * scaling
+    for start, keys, values in chunks:
+        keys = rotate(keys, start)
+        kv_heads, count = keys.shape[1:3]
+        group = heads // kv_heads
+        for number, first in enumerate(blocks):
+            last = min(first + QUERY_BLOCK, queries)
+            if len(state) <= number:
+                shape = (batch, kv_heads, group, last - first)
+                state.append(
+                    [
+                        wide.new_full((*shape, 1), -torch.inf),
+                        wide.new_zeros((*shape, 1)),
+                        wide.new_zeros((*shape, values.shape[-1])),
+                    ]
+                )
+            if mask is None and start > length - queries + last - 1:
+                continue
+            rows = wide[:, :, first:last].reshape(batch, kv_heads, group * (last - first), -1)
+            scores = (rows @ keys.transpose(2, 3).to(rows.dtype)).view(batch, kv_heads, group, last - first, count)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = _masked(scores, mask, first, start, length - queries)
+            _fold(state[number], scores, values.to(rows.dtype))
+    return torch.cat([_finish(s, sink_logits) for s in state], dim=1).to(query.dtype)
+
+
+def _masked(scores: Tensor, mask: Tensor | None, first: int, start: int, past: int) -> Tensor:
+    """Apply the part of the mask that belongs to queries from `first` and keys from `start`."""
+    queries, count = scores.shape[-2:]
+    if mask is None:
+        if start + count - 1 <= past + first:
+            return scores
+        q = torch.arange(past + first, past + first + queries, device=scores.device)
+        k = torch.arange(start, start + count, device=scores.device)
+        return scores.masked_fill(k[None, :] > q[:, None], -torch.inf)
+    part = mask[:, :, first : first + queries, start : start + count].unsqueeze(1)
+    if part.dtype == torch.bool:
+        return scores.masked_fill(~part, -torch.inf)
+    return scores + part.float()
+
+
+def _fold(state: list[Tensor], scores: Tensor, values: Tensor) -> None:
+    """Take `scores [B, H, G, Q, t]` and `values [B, H, t, Dv]` into the running softmax."""
+    peak, total, sums = state
+    higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
+    # A row that has seen nothing but masked keys keeps -inf; subtracting it would give NaN.
+    base = higher.clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - base)
+    decay = torch.exp(peak - base)
+    flat = weights.flatten(2, 3) @ values
+    state[0] = higher
+    state[1] = total * decay + weights.sum(-1, keepdim=True)
+    state[2] = sums * decay + flat.view_as(sums)
+
+
+def _finish(state: list[Tensor], sink_logits: Tensor | None) -> Tensor:
+    """The normalised output of one query block, `[B, Q, Hq, Dv]`; rows without any key give zeros."""
+    peak, total, sums = state
+    if sink_logits is not None:
+        extra = sink_logits.float().view(1, peak.shape[1], peak.shape[2], 1, 1)
+        total = total + torch.exp(extra - peak.clamp(min=torch.finfo(peak.dtype).min))
+    out = sums / torch.where(total > 0, total, 1.0)
+    return out.flatten(1, 2).transpose(1, 2)

@@ -1,0 +1,295 @@
+"""Putting an artifact to work: `load`, `attach`, `detach`, `Artifact.new_cache`.
+
+artifact = kvcalib.load("artifacts/llama3-8b-nuq3")
+kvcalib.attach(model, artifact)
+model.generate(...)          # runs on a packed cache, nothing else changes
+kvcalib.detach(model)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcalib.artifact import hub, store
+from kvcalib.artifact.manifest import Manifest, TensorSpec
+from kvcalib.errors import ArtifactMismatch, CorruptFile, UnsupportedModel
+from kvcalib.model import selftest
+from kvcalib.model.identity import HARD, SOFT, identify
+from kvcalib.model.rotary import Rotation
+from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
+from kvcalib.quant.codebook import Codebook
+from kvcalib.quant.packing import Layout
+from kvcalib.quant.quantizer import Quantizer
+from kvcalib.runtime.attention import chunked_attention
+from kvcalib.runtime.cache import ExactLayer, PackedCache, PackedLayer, TapLayer
+
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Artifact:
+    """A loaded artifact: its manifest and the quantizers of its layers."""
+
+    manifest: Manifest
+    quantizers: dict[int, dict[str, Quantizer]]
+    path: Path | None = None
+    _fits: weakref.WeakKeyDictionary[nn.Module, bool] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+
+    def new_cache(self, model: PreTrainedModel, sinks: int | None = None, recent: int | None = None) -> PackedCache:
+        """An empty packed cache for `model`, which must be attached when the cache is used.
+
+        Args:
+            sinks, recent: exact first and last tokens; the artifact's defaults if None.
+
+        Raises:
+            ArtifactMismatch: the artifact was built for another model.
+        """
+        if model not in self._fits:
+            check_fit(self, model)
+            self._fits[model] = True
+        default = self.manifest.runtime
+        sinks = default.sinks if sinks is None else sinks
+        recent = default.recent if recent is None else recent
+        if sinks < 0 or recent < 0:
+            raise ValueError(f"sinks is {sinks} and recent is {recent}, expected counts of 0 or more")
+        layers: dict[int, TapLayer] = {
+            index: PackedLayer(pair["key"], pair["value"], sinks, recent) for index, pair in self.quantizers.items()
+        }
+        return PackedCache(model.config, layers)
+
+
+def load(path: str | Path, revision: str | None = None) -> Artifact:
+    """Load an artifact from a folder or the Hub; every hash is checked.
+
+    Raises:
+        InputError: there is none. CorruptFile: it is damaged or of an unknown version.
+    """
+    folder = hub.locate(path, revision)
+    manifest, tensors = store.read(folder)
+    quantizers = {}
+    for layer in manifest.layers:
+        if layer.index in quantizers:
+            raise CorruptFile(f"{folder}: layers lists index {layer.index} twice; build the artifact again")
+        try:
+            quantizers[layer.index] = {
+                name: _quantizer(spec, name == "value", f"layers.{layer.index}.{name}", tensors)
+                for name, spec in (("key", layer.key), ("value", layer.value))
+            }
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CorruptFile(f"{folder}: layers[{layer.index}]: {error}; build the artifact again") from None
+    return Artifact(manifest, quantizers, folder)
+
+
+def _quantizer(spec: TensorSpec, relative: bool, prefix: str, tensors: dict[str, Tensor]) -> Quantizer:
+    widths = tensors[f"{prefix}.widths"]
+    if list(widths.shape) != [spec.kv_heads, spec.head_dim]:
+        raise ValueError(f"{prefix}.widths has shape {list(widths.shape)}, expected {[spec.kv_heads, spec.head_dim]}")
+    layout = Layout(widths, tensors[f"{prefix}.word"], tensors[f"{prefix}.shift"], spec.words, spec.segment)
+    codebook = Codebook.from_ragged(tensors[f"{prefix}.codebook"], widths)
+    quantizer = Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"])
+    quantizer.check()
+    return quantizer
+
+
+def check_fit(artifact: Artifact, model: PreTrainedModel) -> None:
+    """Raise ArtifactMismatch unless the artifact's layers are `model`'s; warn if its weights are others."""
+    expected, found = artifact.manifest.model, identify(model)
+    where = f"artifact {str(artifact.path)!r}" if artifact.path else "the artifact"
+    for difference in expected.differences(found, HARD):
+        raise ArtifactMismatch(f"{where} was built for {expected.name!r}: this model's {difference}; build one for it")
+    stock = selftest.full_attention_layers(model)
+    for layer in artifact.manifest.layers:
+        if layer.index not in stock:
+            raise ArtifactMismatch(
+                f"{where} quantizes layer {layer.index}, which in this model does not attend in full (layers that do: "
+                f"{stock}); build one for it"
+            )
+        for role, spec in (("key", layer.key), ("value", layer.value)):
+            for name, found_size in zip(("kv_heads", "head_dim"), _kv_shape(model, layer.index), strict=True):
+                if getattr(spec, name) != found_size:
+                    raise ArtifactMismatch(
+                        f"{where}: layers[{layer.index}].{role}.{name} is {getattr(spec, name)}, this model has "
+                        f"{found_size}; build one for it"
+                    )
+    for difference in expected.differences(found, SOFT):
+        warnings.warn(f"{where}: this model's {difference}: calibrated on other weights or angles", stacklevel=3)
+
+
+def _kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
+    """`(kv heads, head_dim)` of one layer, from the config."""
+    config: Any = model.config.get_text_config(decoder=True)
+    config = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    heads = config[layer].num_attention_heads
+    kv_heads = getattr(config[layer], "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config[layer], "head_dim", None) or config[layer].hidden_size // heads
+
+
+class _PackedAttention:
+    """Handler of an attached model: cached attention on packed or exact layers."""
+
+    def before(self, tap: Tap) -> None:
+        """Tell the layer which of the new tokens are real."""
+        if not isinstance(tap.cache, PackedCache):
+            raise ValueError(
+                f"the attached model was given a {type(tap.cache).__name__} as past_key_values; "
+                "pass artifact.new_cache(model), or nothing, or call kvcalib.detach(model) first"
+            )
+        layer = tap.cache.layers[tap.layer]
+        if isinstance(layer, TapLayer):
+            layer.note(_valid(tap.mask))
+
+    def attend(self, call: Call) -> AttentionOutput:
+        """Attention over everything that the layer holds."""
+        cache, tap = call.tap.cache, call.tap
+        layer = cache.layers[tap.layer]
+        length, new = layer.get_seq_length(), call.query.shape[2]
+        if tap.rotary is not None:
+            current = tap.rotary.position_ids
+        else:
+            current = torch.arange(length - new, length, device=call.query.device)[None]
+        positions = cache.extend_positions(length, current)
+        query = call.rotate_new(call.query)
+        if isinstance(layer, ExactLayer):
+            key, value = layer.read()
+            return call.plain(query, call.rotate_at(key, positions), value)
+        out = chunked_attention(
+            query,
+            layer.chunks(),
+            lambda keys, start: call.rotate_at(keys.to(call.query.dtype), positions, start).float(),
+            call.mask,
+            length,
+            call.scaling,
+            call.kwargs.get("softcap"),
+            call.kwargs.get("s_aux"),
+        )
+        return out, None
+
+
+def _valid(mask: Tensor | None) -> Tensor | None:
+    """Which of the new tokens are real, `[B, Q]` bool, read off the last query's row of the mask."""
+    if mask is None or mask.ndim != 4:
+        return None
+    last = mask[:, 0, -1, -mask.shape[2] :]
+    return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+
+
+@dataclass
+class Attachment:
+    """An artifact at work in a model."""
+
+    model: PreTrainedModel
+    artifact: Artifact
+    taps: Taps
+    make_cache: Callable[[], PackedCache]
+    handles: list[Any] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Run the model unquantized for a while."""
+        with self.taps.bypass():
+            yield
+
+    def install(self) -> None:
+        """Give every forward pass and every `generate` without a cache of its own a packed one."""
+        model: Any = self.model
+        prepare = model._prepare_cache_for_generation
+
+        def prepare_packed(config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if self.taps.enabled and model_kwargs.get("past_key_values") is None and config.use_cache is not False:
+                if config.cache_implementation is not None:
+                    warnings.warn(
+                        f"cache_implementation is {config.cache_implementation!r}: the attached model uses its "
+                        "packed cache",
+                        stacklevel=2,
+                    )
+                    config.cache_implementation = None
+                model_kwargs["past_key_values"] = self.make_cache()
+                result = prepare(config, model_kwargs, *args, **kwargs)
+                model_kwargs["past_key_values"]._is_user_defined = False
+                return result
+            return prepare(config, model_kwargs, *args, **kwargs)
+
+        model._prepare_cache_for_generation = prepare_packed
+        self.handles.append(model.register_forward_pre_hook(self._give_cache, with_kwargs=True))
+
+    def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Also with use_cache=False: attention then reads a packed cache that lives for this one call.
+        if self.taps.enabled and kwargs.get("past_key_values") is None and len(args) < 4:
+            return args, kwargs | {"past_key_values": self.make_cache()}
+        return None
+
+    def remove(self) -> None:
+        """Undo `install` and take the taps off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.model.__dict__.pop("_prepare_cache_for_generation", None)
+        self.taps.remove()
+
+
+def attach(
+    model: PreTrainedModel,
+    artifact: Artifact | str | Path,
+    sinks: int | None = None,
+    recent: int | None = None,
+    rotations: dict[int, Rotation] | None = None,
+) -> Attachment:
+    """Make `model` run on packed caches of `artifact` until `detach`.
+
+    Args:
+        artifact: a loaded artifact, its folder or its Hub id.
+        sinks, recent: exact first and last tokens; the artifact's defaults if None.
+        rotations: what `prove` returned for this model and these layers, to skip the self-test.
+
+    Raises:
+        UnsupportedModel: the self-test failed. ArtifactMismatch: the artifact is another model's.
+        RuntimeError: the model is attached already.
+    """
+    if model in _ATTACHED:
+        raise RuntimeError("the model is attached already; call kvcalib.detach(model) first")
+    loaded = artifact if isinstance(artifact, Artifact) else load(artifact)
+    if model not in loaded._fits:
+        check_fit(loaded, model)
+        loaded._fits[model] = True
+    if not loaded.quantizers:
+        raise UnsupportedModel(f"artifact {str(loaded.path)!r} quantizes no layer; there is nothing to attach")
+    if rotations is None:
+        rotations = prove(model, list(loaded.quantizers))
+    taps = Taps(model, _PackedAttention(), rotations)
+    attachment = Attachment(model, loaded, taps, lambda: loaded.new_cache(model, sinks, recent))
+    attachment.install()
+    _ATTACHED[model] = attachment
+    return attachment
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`; nothing happens if the model is not attached."""
+    attachment = _ATTACHED.pop(model, None)
+    if attachment is not None:
+        attachment.remove()
+
+
+def prove(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
+    """Self-test of `layers`: find their rotations, then compare logits bit by bit (see `model/selftest.py`).
+
+    Raises:
+        UnsupportedModel: with the reason.
+    """
+    rotations = selftest.find_rotations(model, layers)
+    selftest.check_exact(model, lambda: exact_cache(model, layers), lambda: Taps(model, _PackedAttention(), rotations))
+    return rotations
+
+
+def exact_cache(model: PreTrainedModel, layers: list[int]) -> PackedCache:
+    """A cache that keeps `layers` exact but un-rotated, as the self-test needs it."""
+    return PackedCache(model.config, {layer: ExactLayer() for layer in layers})

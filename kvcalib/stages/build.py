@@ -1,0 +1,144 @@
+"""Stage `build`: codebooks and bits to an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from kvcalib import __version__
+from kvcalib.artifact import store
+from kvcalib.artifact.manifest import (
+    Calibration as CalibrationRecord,
+)
+from kvcalib.artifact.manifest import (
+    Friendliness,
+    LayerSpec,
+    Manifest,
+    Producer,
+    RuntimeDefaults,
+    TensorSpec,
+)
+from kvcalib.calibration.statistics import Calibration, CalibrationInfo
+from kvcalib.quant.quantizer import Quantizer
+from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, predicted_total
+from kvcalib.stages.friendliness import layer_error
+
+
+def run(
+    run_dir: RunDir,
+    out: Path,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    recent: int = 0,
+    overwrite: bool = False,
+) -> Manifest:
+    """Build the artifact `out`; bits default to those that `fit-nuq` was given.
+
+    Raises:
+        InputError: a stage before has not run. FolderInUse: `out` holds something else.
+    """
+    codebooks = Codebooks.load(run_dir)
+    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+    bits: dict[Role, int] = {
+        "key": codebooks.settings.key_bits if key_bits is None else key_bits,
+        "value": codebooks.settings.value_bits if value_bits is None else value_bits,
+    }
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for layer in codebooks.layers:
+        specs = {}
+        for role in ROLES:
+            quantizer = codebooks.quantizer(layer, role, bits[role])
+            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, bits[role]))
+            tensors.update(quantizer_tensors(quantizer, f"layers.{layer}.{role}"))
+        key_error, value_error = (layer_error(codebooks, calibration, layer, role, bits[role]) for role in ROLES)
+        layers.append(
+            LayerSpec(
+                index=layer,
+                key=specs["key"],
+                value=specs["value"],
+                friendliness=Friendliness(key_error=key_error, value_error=value_error),
+            )
+        )
+    manifest = Manifest(
+        producer=Producer(version=__version__),
+        model=calibration.info.model,
+        calibration=_calibration(calibration.info, len(calibration.tensors["sample.hash"])),
+        fit=codebooks.settings.manifest(),
+        runtime=RuntimeDefaults(sinks=codebooks.settings.sinks, recent=recent),
+        layers=layers,
+        tensors={},
+        files={},
+    )
+    return store.write(out, manifest, tensors, card(manifest), overwrite)
+
+
+def quantizer_tensors(quantizer: Quantizer, prefix: str) -> dict[str, Tensor]:
+    """The tensors that make up `quantizer` in an artifact; see docs/artifact.md."""
+    return {
+        f"{prefix}.widths": quantizer.layout.widths,
+        f"{prefix}.codebook": quantizer.codebook.ragged(),
+        f"{prefix}.word": quantizer.layout.word,
+        f"{prefix}.shift": quantizer.layout.shift,
+        f"{prefix}.weight": quantizer.weight,
+    }
+
+
+def _spec(quantizer: Quantizer, loss: float) -> TensorSpec:
+    heads, head_dim = quantizer.layout.widths.shape
+    return TensorSpec(
+        kv_heads=heads,
+        head_dim=head_dim,
+        words=quantizer.layout.words,
+        segment=quantizer.layout.segment,
+        scope=quantizer.scope,
+        outliers=quantizer.outliers,
+        mean_bits=quantizer.layout.bits / (heads * head_dim),
+        predicted_loss=loss,
+    )
+
+
+def _calibration(info: CalibrationInfo, sampled: int) -> CalibrationRecord:
+    return CalibrationRecord(
+        data=info.data,
+        sequences=info.sequences,
+        tokens=info.tokens,
+        sampled_tokens=sampled,
+        seq_len=info.seq_len,
+        seed=info.seed,
+        nll=info.nll,
+        fingerprint=info.fingerprint,
+    )
+
+
+def card(manifest: Manifest) -> str:
+    """The model card of an artifact, for readers and for the Hub."""
+    key, value = manifest.mean_bits
+    loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
+    base = f"base_model: {manifest.model.name}\n" if "/" in manifest.model.name else ""
+    return f"""---
+tags:
+- kv-cache
+- quantization
+library_name: kvcalib
+{base}---
+
+# KV-cache quantizer for {manifest.model.name}
+
+Built by kvcalib {manifest.producer.version}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
+{manifest.fit.format}, {100 * manifest.fit.outliers:g} % outliers, {len(manifest.layers)} of
+{manifest.model.num_hidden_layers} layers. Calibrated on {manifest.calibration.tokens} tokens of
+{manifest.calibration.data!r} (NLL {manifest.calibration.nll:.4f} nats per token). Predicted loss: {loss:.5f} nats per
+token.
+
+```python
+import kvcalib
+
+kvcalib.attach(model, "this folder or repository")
+model.generate(...)
+```
+
+`manifest.json` says everything else; its format is specified in kvcalib's `docs/artifact.md`.
+"""

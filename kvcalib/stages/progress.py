@@ -1,0 +1,33 @@
+"""Progress bars and notes on standard error, so that standard output stays machine-readable."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar for `total` units; the yielded function is told how many are done."""
+    columns = (
+        TextColumn("[bold]{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def note(message: str) -> None:
+    """One line for the reader."""
+    console.print(message, highlight=False, soft_wrap=True)

@@ -1,0 +1,69 @@
+"""The manifest's JSON schema: checked in, true of real manifests, refusing what the reader refuses."""
+
+import json
+
+import jsonschema
+import pytest
+
+from kvcalib.artifact.manifest import Manifest, schema
+from tests.artifact.test_store import ROOT, example, write
+
+
+@pytest.fixture
+def validator():
+    described = json.loads(schema())
+    kind = jsonschema.validators.validator_for(described, jsonschema.Draft202012Validator)
+    kind.check_schema(described)
+    return kind(described)
+
+
+@pytest.fixture
+def body(tmp_path) -> dict:
+    return json.loads((write(tmp_path / "a") / "manifest.json").read_text())
+
+
+def test_schema_in_docs_is_the_code(validator):
+    checked_in = (ROOT / "docs/artifact.schema.json").read_text()
+    assert checked_in == schema(), "run: python -m kvcalib.artifact.manifest > docs/artifact.schema.json"
+
+
+def test_real_manifest_fits(validator, body):
+    validator.validate(body)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b.update(colour="red"),
+        lambda b: b["model"].update(colour="red"),
+        lambda b: b["layers"][0]["key"].update(colour="red"),
+        lambda b: b["layers"][0]["key"].update(mean_bits=9),
+        lambda b: b["layers"][0]["key"].update(words="many"),
+        lambda b: b.update(format_version=2),
+        lambda b: b.pop("digest"),
+        lambda b: b.pop("model"),
+        lambda b: b["calibration"].update(fingerprint="short"),
+    ],
+)
+def test_wrong_manifest_does_not_fit(validator, body, change):
+    change(body)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(body)
+
+
+def test_encoding_is_canonical():
+    manifest, _ = example()
+    raw = manifest.encode()
+    body = json.loads(raw)
+    assert raw == (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    del body["digest"]
+    assert Manifest.model_validate(body).encode() == raw
+
+
+def test_mean_bits_counts_channels():
+    manifest, _ = example()
+    layer = manifest.layers[0]
+    wide = layer.model_copy(update={"key": layer.key.model_copy(update={"mean_bits": 6.0, "kv_heads": 6})})
+    assert manifest.mean_bits == (3.0, 3.0)
+    # 2 heads of 3 bit and 6 heads of 6 bit: (2 * 3 + 6 * 6) / 8
+    assert manifest.model_copy(update={"layers": [layer, wide]}).mean_bits == (5.25, 3.0)

@@ -1,0 +1,20 @@
+"""Tiny models made in the test; no file from outside the repository."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+from tests.tiny import tiny_llama  # noqa: E402
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
