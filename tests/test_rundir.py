@@ -1,5 +1,6 @@
 """A run's folder: up to date, another's, or not ours."""
 
+import errno
 import json
 
 import pytest
@@ -107,6 +108,16 @@ def test_one_writer_at_a_time(run):
     with pytest.raises(ZeroDivisionError), run.lock():
         raise ZeroDivisionError
     assert not (run.path / ".lock").exists()
+
+
+def test_lock_on_a_full_disk(run, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("builtins.open", "os.open"):
+        monkeypatch.setattr(call, full_disk)
+    with pytest.raises(InputError, match="the disk is full"), run.lock():
+        pytest.fail("locked")
 
 
 def test_fingerprint_is_of_the_content():

@@ -42,7 +42,8 @@ def drawn_attention(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         rows = torch.arange(start, stop, device=query.device)
-        scores = scores.masked_fill(torch.arange(stop, device=query.device) > rows[:, None], -torch.inf)
+        # Only the last block of keys holds any that a query of this block may not see.
+        scores[..., start:].masked_fill_(torch.arange(start, stop, device=query.device) > rows[:, None], -torch.inf)
         if sink_logits is not None:
             extra = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
             weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]

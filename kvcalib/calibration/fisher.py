@@ -81,10 +81,11 @@ class _Collector:
         if layer not in self.shapes:
             self.shapes[layer] = _shape(call)
         for role, x in (("key", call.key), ("value", call.value)):
-            self._check(layer, "forward pass", role, x)
-            wide = x.detach().double()
-            self._add(f"layers.{layer}.{role}.sum", wide.sum((0, 2)))
-            self._add(f"layers.{layer}.{role}.square_sum", wide.square().sum((0, 2)))
+            flat = x.detach().float()
+            total = flat.sum((0, 2), dtype=torch.float64)
+            self._check(layer, "forward pass", role, total)
+            self._add(f"layers.{layer}.{role}.sum", total)
+            self._add(f"layers.{layer}.{role}.square_sum", flat.square().sum((0, 2), dtype=torch.float64))
             self._keep(f"layers.{layer}.sample.{role}", x.detach().transpose(1, 2))
         raw = call.query.detach().float()
         grouped = raw.reshape(raw.shape[0], key.shape[1], -1, raw.shape[3])
@@ -94,19 +95,21 @@ class _Collector:
         total, peak = drawn_attention(
             query, key, call.scaling, self.window, call.kwargs.get("softcap"), call.kwargs.get("s_aux")
         )
-        self._add(f"layers.{layer}.attention.peak_sum", peak.double().sum((0, 2)))
-        self._add(f"layers.{layer}.attention.peak_square_sum", peak.double().square().sum((0, 2)))
+        self._add(f"layers.{layer}.attention.peak_sum", peak.sum((0, 2), dtype=torch.float64))
+        self._add(f"layers.{layer}.attention.peak_square_sum", peak.square().sum((0, 2), dtype=torch.float64))
         self._keep(f"layers.{layer}.sample.attention_sum", total.transpose(1, 2))
         self._keep(f"layers.{layer}.sample.attention_peak", peak.transpose(1, 2))
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
-        self._check(layer, "backward pass", f"gradient of the {role}", gradient)
         fisher = gradient.detach().float().square()
-        self._add(f"layers.{layer}.{role}.fisher_sum", fisher.double().sum((0, 2)))
+        total = fisher.sum((0, 2), dtype=torch.float64)
+        self._check(layer, "backward pass", f"gradient of the {role}", total)
+        self._add(f"layers.{layer}.{role}.fisher_sum", total)
         self._keep(f"layers.{layer}.sample.{role}_fisher", fisher.transpose(1, 2))
 
-    def _check(self, layer: int, stage: str, what: str, x: Tensor) -> None:
-        if not bool(torch.isfinite(x).all()):
+    def _check(self, layer: int, stage: str, what: str, total: Tensor) -> None:
+        # One NaN or infinity anywhere makes the sum one too; looking at every element would cost a pass of its own.
+        if not bool(torch.isfinite(total).all()):
             raise NonFiniteActivations(
                 f"fisher: layer {layer}: the {what} of the {stage} has NaN or infinite elements; "
                 "try --dtype float32 or bfloat16, and check the model's weights"
@@ -203,8 +206,9 @@ def run_pass(
 
 def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Summed next-token NLL of full sequences `ids [B, T]`, in nats, float32."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    targets = ids[:, 1:].to(logits.device)
+    logits = model(input_ids=ids, use_cache=False).logits
+    # Shifting the targets and not the logits spares the backward pass a copy of all logits.
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).to(logits.device)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 HARD = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-SOFT = ("rope_parameters_sha256", "weights_sha256")
+SOFT = {"rope_parameters_sha256": "rotary settings", "weights_sha256": "weights"}
 SAMPLES_PER_TENSOR = 256
 UNKNOWN_WEIGHTS = "unknown"
 

@@ -184,7 +184,7 @@ def distinct_points(values: Values, weights: Values, limit: int) -> tuple[Floats
         w = np.float64(weights[i]) if len(weights) else 1.0
         if w == 0:
             continue
-        number[0] = np.float64(values[i]) + 0.0  # -0.0 + 0.0 is 0.0
+        number[0] = np.float64(values[i])
         scrambled = bits[0] * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing (Knuth, TAOCP 6.4)
         slot = np.int64(scrambled >> np.uint64(40)) % slots
         while mass[slot] > 0 and table[slot] != number[0]:

@@ -121,8 +121,12 @@ def check_fit(artifact: Artifact, model: PreTrainedModel) -> None:
                         f"{where}: layers[{layer.index}].{role}.{name} is {getattr(spec, name)}, this model has "
                         f"{found_size}; build one for it"
                     )
-    for difference in expected.differences(found, SOFT):
-        warnings.warn(f"{where}: this model's {difference}: calibrated on other weights or angles", stacklevel=3)
+    for name in SOFT:
+        if expected.differences(found, (name,)):
+            hint = "a fine-tuned or differently loaded model may be served with it, but measure it with `kvcalib eval`"
+            warnings.warn(
+                f"{where} was calibrated on other {SOFT[name]} than this model's ({name}); {hint}", stacklevel=3
+            )
 
 
 def _kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:

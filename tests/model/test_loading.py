@@ -130,7 +130,9 @@ def test_unknown_model_type(folder):
     refused(UnsupportedModel, folder, "nosuch")
 
 
-@pytest.mark.parametrize(("config", "message"), [(T5Config(d_model=32), "encoder-decoder"), (ViTConfig(hidden_size=32), "no causal LM")])
+@pytest.mark.parametrize(
+    ("config", "message"), [(T5Config(d_model=32), "encoder-decoder"), (ViTConfig(hidden_size=32), "no causal LM")]
+)
 def test_model_that_is_no_causal_lm(tmp_path, config, message):
     config.save_pretrained(tmp_path)
     refused(UnsupportedModel, tmp_path, message)
@@ -159,7 +161,9 @@ def test_auto_device(monkeypatch):
     assert pick_device("auto") == torch.device("cuda")
 
 
-@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}, {"tokenizer.json": "{}"}, {"tokenizer.json": '{"model": 3}'}])
+@pytest.mark.parametrize(
+    "files", [{}, {"tokenizer.json": "{"}, {"tokenizer.json": "{}"}, {"tokenizer.json": '{"model": 3}'}]
+)
 def test_no_usable_tokenizer(folder, files):
     for name, text in files.items():
         (folder / name).write_text(text)
