@@ -2,8 +2,8 @@
 
     python bench/fisher.py [--model MODEL] [--data SRC] [--seq-len 512] [--samples 16] [--json PATH]
 
-Bars: the whole pass (self-test, forward, backward, statistics, file) takes at most 2.7 times the forward passes over the
-same tokens in the same batches; peak memory grows by less than 10 % from 16 to 256 sequences. Timings on a shared
+Bars: the whole pass (self-test, forward, backward, statistics, file) takes at most 2.7 times the forward passes over
+the same tokens in the same batches; peak memory grows by less than 10 % from 16 to 256 sequences. Timings on a shared
 machine are noisy: both sides are measured in turn, several times, and the medians are compared.
 """
 

@@ -158,7 +158,7 @@ def main() -> None:
     )
     console.print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     verdict = "PASS" if report["passed"] else "FAIL"
-    console.print(f"{verdict}: {slowest:.0f} times faster or more (bar {FASTER}), error ratio at most {worst:.6f}")
+    console.print(f"{verdict}: {slowest:.0f} times faster or more (bar {FASTER}), ratio up to {worst:.6f}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
 

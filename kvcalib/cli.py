@@ -7,6 +7,7 @@ model or artifact does not fit, 4 the folder holds something else, 130 interrupt
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import warnings
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+import typer.exceptions
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +27,33 @@ from kvcalib.errors import InputError, KvcalibError
 if TYPE_CHECKING:
     from kvcalib.evaluation.perplexity import Evaluation
 
+
+class Commands(typer.core.TyperGroup):
+    """Usage errors in the form of all other errors: one line with the option, the value found and what was expected."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, **kwargs: Any) -> Any:
+        """Run the command; see click's `Command.main`."""
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(args, prog_name, **kwargs, standalone_mode=False)
+        try:
+            code = super().main(args, prog_name, **kwargs, standalone_mode=False)
+        except typer.exceptions.TyperException as error:
+            _print_error(_with_value(error, list(sys.argv[1:] if args is None else args)))
+            sys.exit(getattr(error, "exit_code", 2))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_value(error: Any, given: list[str]) -> str:
+    """The message of a usage error, with the value that the option was given."""
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    options = getattr(getattr(error, "param", None), "opts", [])
+    # The last one counts where an option is given twice.
+    values = [value for option, value in itertools.pairwise(given) if option in options]
+    return f"{options[0]} is {values[-1]}: {message}" if values else f"{message} (see kvcalib --help)"
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Calibrate a language model's KV cache for 2 to 4 bits, and measure what it costs.",
     no_args_is_help=True,
     add_completion=False,
@@ -75,8 +104,13 @@ def _errors() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True).print(f"[bold red]error[/]: {_escape(message)}", highlight=False, soft_wrap=True)
+    _print_error(message)
     raise typer.Exit(code) from None
+
+
+def _print_error(message: str) -> None:
+    line = " ".join(message.split())
+    Console(stderr=True).print(f"[bold red]error[/]: {_escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _escape(text: str) -> str:
@@ -200,6 +234,7 @@ def fisher(
         )  # fmt: skip
         from kvcalib.model.loading import load_model, load_tokenizer
 
+        RunDir.check_free(run)
         load_tokenizer(model, revision, trust_remote_code)
         loaded = load_model(model, dtype, device, revision, trust_remote_code)
         record = stage.run(RunDir(run, create=True), model, settings, overwrite, loaded)
@@ -238,7 +273,8 @@ def fit_nuq(
         from kvcalib.stages import fit_nuq as stage
 
         settings = _settings(
-            stage.FitNuqSettings, key_bits=key_bits or bits, value_bits=value_bits or bits, granularity=granularity,
+            stage.FitNuqSettings, key_bits=bits if key_bits is None else key_bits,
+            value_bits=bits if value_bits is None else value_bits, granularity=granularity,
             value_granularity=value_granularity, value_scale=value_scale, outliers=outliers, sinks=sinks, format=format,
             weights=weights, qnorm=qnorm, solver=solver,
         )  # fmt: skip
@@ -281,7 +317,14 @@ def build(
         from kvcalib.rundir import RunDir
         from kvcalib.stages import build as stage
 
-        stage.run(RunDir(run), out, key_bits or bits, value_bits or bits, recent, overwrite)
+        stage.run(
+            RunDir(run),
+            out,
+            bits if key_bits is None else key_bits,
+            bits if value_bits is None else value_bits,
+            recent,
+            overwrite,
+        )
         _print_path("artifact", out)
 
 

@@ -6,6 +6,7 @@ same content would give other bytes from run to run: all of ours have a single k
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -37,9 +38,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise write_error(path, error, len(content)) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(path, error, len(content)) from error
+        raise
 
 
 def write_error(path: Path, error: OSError, size: int | None = None) -> InputError:
@@ -92,7 +96,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         ) from None
     if note is None:
         raise CorruptFile(f"{path}: safetensors metadata has no key {METADATA_KEY!r}; it was not written by kvcalib")
-    return tensors, json.loads(note)
+    try:
+        parsed = json.loads(note)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(
+            f"{path}: its metadata is not valid JSON ({error}); the file is damaged, copy it again"
+        ) from None
+    if not isinstance(parsed, dict):
+        raise CorruptFile(f"{path}: its metadata is {type(parsed).__name__}, expected an object; it is damaged")
+    return tensors, parsed
 
 
 def hash_bytes(content: bytes) -> str:

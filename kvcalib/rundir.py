@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcalib.errors import FolderInUse, InputError
+from kvcalib.errors import CorruptFile, FolderInUse, InputError
 from kvcalib.files import hash_file, read_json, write_error, write_json
 from kvcalib.model.identity import hash_json
 
@@ -42,8 +42,7 @@ class RunDir:
                 raise InputError(
                     f"{self.path}: no run there (no run.json); start one with `kvcalib fisher MODEL --run DIR`"
                 )
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise FolderInUse(f"{self.path}: is not empty and holds no run of kvcalib; choose another --run folder")
+            self.check_free(self.path)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -55,6 +54,14 @@ class RunDir:
                 f"{marker}: is {found}, expected {RUN_FORMAT}; it was written by another version or program"
             )
 
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """FolderInUse if `path` holds files that no run of kvcalib wrote; a run may be there, or nothing."""
+        if (path / "run.json").is_file() or not path.exists():
+            return
+        if not path.is_dir() or any(path.iterdir()):
+            raise FolderInUse(f"{path}: is not empty and holds no run of kvcalib; choose another folder")
+
     def file(self, name: str) -> Path:
         """Path of one of the run's files."""
         return self.path / name
@@ -62,7 +69,11 @@ class RunDir:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Only one process may write; FolderInUse for the second."""
-        with open(self.path / ".lock", "w") as handle:
+        try:
+            handle = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise write_error(self.path / ".lock", error) from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -75,7 +86,15 @@ class RunDir:
     def record(self, stage: str) -> dict[str, Any] | None:
         """What `stage` ran with, or None if it has not run."""
         path = self.path / "stages" / f"{stage}.json"
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        record = read_json(path)
+        for field in ("settings", "outputs"):
+            if not (isinstance(record, dict) and isinstance(record.get(field), dict)):
+                raise CorruptFile(
+                    f"{path}: field {field!r} is missing or no object; delete the file to run the stage again"
+                )
+        return record
 
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings `stage` ran with; InputError that names the missing command if it has not run."""

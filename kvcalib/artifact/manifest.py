@@ -25,7 +25,7 @@ _HEX = r"^[0-9a-f]{64}$"
 class Record(BaseModel):
     """Base of the manifest's parts: immutable, no unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Producer(Record):

@@ -42,7 +42,7 @@ def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: st
     content = {MANIFEST: manifest.encode(), TENSORS: body, CARD: card.encode()}
     if folder.exists() and _settled(folder, content, overwrite):
         return manifest
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         for name, data in content.items():
@@ -51,15 +51,16 @@ def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: st
                 file.flush()
                 os.fsync(file.fileno())
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    except OSError as error:
+        temporary.rename(folder)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise write_error(folder, error, sum(len(d) for d in content.values())) from error
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if isinstance(error, OSError):
+            raise write_error(folder, error, sum(len(d) for d in content.values())) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     return manifest
 
 

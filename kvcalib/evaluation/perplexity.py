@@ -18,7 +18,7 @@ from kvcalib.errors import NonFiniteActivations
 from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
-from kvcalib.runtime.loader import Artifact, attach, detach, prove
+from kvcalib.runtime.loader import Artifact, attach, check_fit, detach, prove
 
 PROTOCOL = (
     "each sequence in one forward pass on real packed storage, prompt included; KLD is the mean over positions of "
@@ -63,6 +63,8 @@ def evaluate(
     Raises:
         UnsupportedModel, ArtifactMismatch: as `attach`. NonFiniteActivations: the logits have NaN or infinities.
     """
+    for artifact in artifacts:
+        check_fit(artifact, model)
     rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
     device = input_device(model)
     sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in artifacts]

@@ -12,6 +12,13 @@ from kvcalib.errors import InputError, UnsupportedModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUILTIN = "builtin"
+_LOADING_ERRORS = (
+    "SafetensorError",
+    "HFValidationError",
+    "RepositoryNotFoundError",
+    "StrictDataclassFieldValidationError",
+    "StrictDataclassClassValidationError",
+)
 
 
 def resolve(name: str) -> str:
@@ -67,13 +74,21 @@ def load_model(
             )
         if device == "map":
             arguments["device_map"] = "auto"
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _explain(name, error) from error
     except Exception as error:  # safetensors and hub errors have no common base
-        if type(error).__name__ in ("SafetensorError", "HFValidationError", "RepositoryNotFoundError"):
+        if type(error).__name__ in _LOADING_ERRORS:
             raise _explain(name, error) from error
         raise
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers fills them with random numbers; a calibration would be of another model.
+        lacking = sorted(report["missing_keys"])
+        raise InputError(
+            f"model {name!r}: its weights lack {len(lacking)} tensors, the first is {lacking[0]!r}; "
+            "the checkpoint is incomplete or of another architecture"
+        )
     model.config._name_or_path = name
     if target is not None:
         torch.nn.Module.to(model, target)
@@ -96,8 +111,11 @@ def pick_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:N or map") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {device!r}, but torch sees no GPU; use --device cpu")
+    if target.type not in ("cpu", "cuda"):
+        raise InputError(f"--device is {device!r}, expected auto, cpu, cuda, cuda:N or map")
+    count = torch.cuda.device_count()
+    if target.type == "cuda" and (target.index or 0) >= count:
+        raise InputError(f"--device is {device!r}, but torch sees {count or 'no'} GPU; use --device cpu")
     return target
 
 

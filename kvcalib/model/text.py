@@ -110,21 +110,34 @@ def _file_documents(path: Path) -> Iterator[str | list[int]]:
                     yield _json_document(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise InputError(f"data {str(path)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"data {str(path)!r}: cannot be read ({error.strerror})") from None
 
 
 def _json_document(line: str, where: str) -> str | list[int]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
     if isinstance(row, dict):
         if isinstance(row.get("text"), str):
-            return row["text"]
+            return _clean(row["text"], where)
         ids = row.get("input_ids")
-        if isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids):
+        if isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids):
             return ids
     fields = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"{where}: has {fields}, expected a field 'text' (string) or 'input_ids' (list of token ids)")
+
+
+def _clean(text: Any, where: str) -> str:
+    """`text` if it is text that UTF-8 can write, else InputError."""
+    if not isinstance(text, str):
+        raise InputError(f"{where}: holds {type(text).__name__}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: not valid Unicode ({error.reason} at character {error.start})") from None
+    return text
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
@@ -137,8 +150,11 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         raise InputError(f"data {str(path)!r}: not a readable parquet file ({error})") from None
     if "text" not in file.schema_arrow.names:
         raise InputError(f"data {str(path)!r}: columns are {file.schema_arrow.names}, expected one named 'text'")
-    for batch in file.iter_batches(columns=["text"]):
-        yield from (row for row in batch.column(0).to_pylist() if row)
+    try:
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (_clean(row, f"data {str(path)!r}: column 'text'") for row in batch.column(0).to_pylist() if row)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"data {str(path)!r}: damaged parquet file ({error})") from None
 
 
 def _hub_documents(source: str, split: Split) -> Iterable[str]:
@@ -151,15 +167,17 @@ def _hub_documents(source: str, split: Split) -> Iterable[str]:
             raise InputError(
                 f"data {source!r}: columns are {sorted(row)}, expected {column!r}; give owner/name:split:column"
             )
-        yield row[column]
+        yield _clean(row[column], f"data {source!r}: column {column!r}")
 
 
-def load_hub_dataset(name: str, config: str | None, split: str, **kwargs: Any) -> Iterable[dict[str, Any]]:
+def load_hub_dataset(name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
     """Rows of a Hub data set, streamed; InputError if it cannot be reached."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=True, **kwargs)
+        yield from datasets.load_dataset(name, config, split=split, streaming=True, **kwargs)
+    except GeneratorExit:
+        raise
     except Exception as error:  # datasets raises a different class for every way of failing
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(

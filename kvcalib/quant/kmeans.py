@@ -102,8 +102,8 @@ def fit(
 def fit_ladder(values: Any, weights: Any = None, max_bits: int = 8, *, bins: int = 2048) -> list[Floats]:
     """Optimal codebooks of the widths 0..max_bits: float64 `[1], [2], [4], ..., [2**max_bits]`.
 
-    Made for thousands of values per call; for millions, one `fit` per width is faster. `bins` as in `fit`,
-    but at least 4 per level of the widest codebook. Arguments and errors otherwise as in `fit`.
+    Made for thousands of values per call. `bins` as in `fit`, but at least 4 per level of the widest codebook.
+    Arguments and errors otherwise as in `fit`.
     """
     x = as_floats(values)
     w = None if weights is None else same_shape("weights", as_floats(weights), x.shape).reshape(-1, 1)

@@ -85,8 +85,10 @@ class Quantizer:
     def check(self) -> None:
         """Raise ValueError unless the parts fit together and hold finite numbers."""
         shape = self.layout.widths.shape
-        if self.weight.shape != shape or not bool(torch.isfinite(self.weight).all()):
-            raise ValueError(f"weight has shape {tuple(self.weight.shape)} or is not finite, expected {tuple(shape)}")
+        if self.weight.shape != shape or not bool((torch.isfinite(self.weight) & (self.weight >= 0)).all()):
+            raise ValueError(
+                f"weight has shape {tuple(self.weight.shape)}, expected {tuple(shape)} finite numbers of 0 or more"
+            )
         if not bool(torch.isfinite(self.codebook.centroids).all()):
             raise ValueError("codebook holds values that are not finite")
         if bool((self.codebook.centroids.diff(dim=-1) < 0).any()):

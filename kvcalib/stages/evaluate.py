@@ -32,7 +32,7 @@ class EvalSettings(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     revision: str | None = None
     trust_remote_code: bool = False
 

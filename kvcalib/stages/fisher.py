@@ -41,7 +41,7 @@ class FisherSettings(BaseModel):
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=5, ge=1, description="Queries of the windowed attention maximum (QAQ: 5).")
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     revision: str | None = None
     trust_remote_code: bool = False
 

@@ -47,10 +47,11 @@ def demo(out: Path) -> Outcome:
 
 
 def _run(recipe: Recipe, artifacts: dict[Path, tuple[int, int]], overwrite: bool) -> Outcome:
-    run_dir = RunDir(recipe.run_path, create=True)
+    RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
     model = load_model(recipe.model, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
+    run_dir = RunDir(recipe.run_path, create=True)
     fisher.run(run_dir, recipe.model, settings, overwrite, model)
     fit_nuq.run(run_dir, recipe.fit)
     friendliness.run(run_dir)

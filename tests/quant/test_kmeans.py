@@ -221,13 +221,13 @@ def test_many_equal_values_are_solved_exactly(dtype):
 
 
 def test_up_to_bins_distinct_values_are_solved_exactly_however_many_there_are():
-    rng = np.random.default_rng(8)
-    grid = rng.standard_normal(3000)
-    pick = np.concatenate([np.arange(3000), rng.integers(0, 3000, 97_000)])
+    rng = np.random.default_rng(2)  # of the first 12 seeds the one at which a histogram misses by most, 7e-8
+    grid = rng.standard_t(2, 4000)
+    pick = np.concatenate([np.arange(4000), rng.integers(0, 4000, 96_000)])
     w = rng.lognormal(0, 3, size=100_000)
     total = np.bincount(pick, w)
-    found = kmeans.objective(grid, total, kmeans.fit(grid[pick], w, 64))
-    assert found == pytest.approx(true_optimum(grid, total, 64), rel=1e-10)
+    found = kmeans.objective(grid, total, kmeans.fit(grid[pick], w, 16))
+    assert found == pytest.approx(true_optimum(grid, total, 16), rel=1e-9)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

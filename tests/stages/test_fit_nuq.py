@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from kvcalib.errors import InputError, NonFiniteActivations
+from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.stages import build, fit_nuq, friendliness
+from kvcalib.stages.fit_nuq import Codebooks, FitNuqSettings
+from tests.tiny import calibrate, make_run, tiny_llama
+
+
+def test_loss_of_every_width_is_recorded_and_falls_with_bits(tmp_path):
+    run = make_run(tmp_path, tiny_llama())
+    codebooks = Codebooks.load(run)
+    for layer in (0, 1):
+        for role in fit_nuq.ROLES:
+            loss = codebooks.get(layer, role, "loss")
+            assert loss.shape == (9, 2, 16)
+            total = loss.sum((1, 2))
+            assert (total[1:7] < total[:6]).all()
+            assert (total[1:] <= total[:-1]).all()
+            assert total[0] > 0
+
+
+@pytest.mark.parametrize("change", [{"granularity": "layer"}, {"format": "nf"}, {"qnorm": False}, {"outliers": 0.0},
+                                    {"weights": "none"}, {"value_scale": "head"}, {"sinks": 3}])  # fmt: skip
+def test_every_setting_changes_the_codebooks(tmp_path, change):
+    model = tiny_llama()
+    default, other = (Codebooks.load(make_run(tmp_path / n, model, **c)).tensors for n, c in (("a", {}), ("b", change)))
+    assert any(not torch.equal(default[n], other[n]) for n in default)
+
+
+def test_bits_alone_fit_nothing_anew_and_reach_the_artifact(tmp_path, capsys):
+    run = make_run(tmp_path / "run", tiny_llama())
+    before = Codebooks.load(run).tensors
+    after = fit_nuq.run(run, FitNuqSettings(key_bits=2, value_bits=5))
+    assert "up to date" in capsys.readouterr().err
+    assert all(torch.equal(before[n], after.tensors[n]) for n in before)
+    manifest = build.run(run, tmp_path / "artifact")
+    assert manifest.mean_bits == (2, 5)
+
+
+def test_codebooks_of_another_calibration_are_not_used(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama())
+    calibrate(tiny_llama(), seed=1).save(run.file(CALIBRATION))
+    run.finish("fisher", {"seed": 1}, [CALIBRATION])
+    for stage in (lambda: build.run(run, tmp_path / "artifact"), lambda: friendliness.run(run)):
+        with pytest.raises(InputError, match="fitted on another calibration"):
+            stage()
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_the_layers_predicted_loss_and_friendliness_reach_the_manifest(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama())
+    table = friendliness.run(run)
+    manifest = build.run(run, tmp_path / "artifact")
+    for layer, row in zip(manifest.layers, table["layers"], strict=True):
+        figures = row["bits"]["3"]
+        assert layer.friendliness.key_error == pytest.approx(figures["key_error"])
+        assert layer.key.predicted_loss + layer.value.predicted_loss == pytest.approx(figures["predicted_loss"])
+        assert row["bits"]["2"]["friendliness"] < figures["friendliness"] < row["bits"]["8"]["friendliness"]
+
+
+def test_nan_in_a_calibration_names_layer_and_stage(tmp_path):
+    run = RunDir(tmp_path, create=True)
+    record = calibrate(tiny_llama())
+    record.tensors["layers.1.sample.value"][0, 0, 0] = float("nan")
+    record.save(run.file(CALIBRATION))
+    run.finish("fisher", {"seed": 0}, [CALIBRATION])
+    with pytest.raises(NonFiniteActivations, match=r"fit-nuq: layer 1: the calibration's values"):
+        fit_nuq.run(run, FitNuqSettings())
+    assert run.record("fit-nuq") is None
+
+
+def test_sinks_that_leave_no_tokens_are_refused(tmp_path):
+    run = make_run(tmp_path, tiny_llama())
+    with pytest.raises(InputError, match="--sinks 48"):
+        fit_nuq.run(run, FitNuqSettings(sinks=48))
+
+
+def test_lloyd_fits_only_nuq(tmp_path):
+    run = make_run(tmp_path, tiny_llama())
+    with pytest.raises(InputError, match="--solver lloyd"):
+        fit_nuq.run(run, FitNuqSettings(solver="lloyd", format="int"))
