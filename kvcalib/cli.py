@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Commands(typer.core.TyperGroup):
     """Usage errors in the form of all other errors: one line with the option, the value found and what was expected."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **kwargs: Any) -> Any:
+    def main(self, args: Any = None, prog_name: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Run the command; see click's `Command.main`."""
         if not kwargs.pop("standalone_mode", True):
             return super().main(args, prog_name, **kwargs, standalone_mode=False)
@@ -254,7 +254,7 @@ def fit_nuq(
     key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
     value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
     granularity: Annotated[str, typer.Option(help="One key codebook per layer, head or channel.")] = "channel",
-    value_granularity: Annotated[str, typer.Option(help="One value codebook per layer, head or channel.")] = "head",
+    value_granularity: Annotated[str, typer.Option(help="One value codebook per layer, head or channel.")] = "channel",
     value_scale: Annotated[
         str, typer.Option(help="Zero and scale of values per token, or per token and head.")
     ] = "token",

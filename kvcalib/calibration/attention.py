@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 128
 
 
 def drawn_attention(

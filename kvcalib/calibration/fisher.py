@@ -48,8 +48,10 @@ class _Collector:
     """Handler of the pass: sums and sampled tokens of every tapped layer."""
 
     window: int
+    room: int
     sums: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    filled: int = 0
     row: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     token: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     shapes: dict[int, LayerShape] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class _Collector:
 
     def start(self, row: Tensor, token: Tensor) -> None:
         """A new batch, of which the tokens `(row, token)` are kept."""
+        self.filled += len(self.row)
         self.row, self.token = row, token
         self.seen.clear()
 
@@ -65,7 +68,11 @@ class _Collector:
 
     def attend(self, call: Call) -> AttentionOutput:
         layer = call.tap.layer
-        if call.key.requires_grad:
+        if torch.is_grad_enabled():
+            # In the first tapped layer nothing upstream needs gradients, so keys and values are where they end.
+            for x in (call.key, call.value):
+                if not x.requires_grad:
+                    x.requires_grad_(True)
             call.key.register_hook(lambda g: self._gradient(layer, "key", g))
             call.value.register_hook(lambda g: self._gradient(layer, "value", g))
         query, key = call.rotate_new(call.query), call.rotate_new(call.key)
@@ -124,7 +131,13 @@ class _Collector:
 
     def _keep(self, name: str, x: Tensor) -> None:
         """Keep this batch's sampled tokens of `x [B, T, ...]`."""
-        self.kept.setdefault(name, []).append(x[self.row.to(x.device), self.token.to(x.device)].cpu())
+        self.put(name, x[self.row.to(x.device), self.token.to(x.device)], self.filled)
+
+    def put(self, name: str, rows: Tensor, start: int) -> None:
+        """Write kept rows at `start`. Room for all is taken at once: small tensors that live on fragment the heap."""
+        if name not in self.kept:
+            self.kept[name] = torch.empty(self.room, *rows.shape[1:], dtype=rows.dtype)
+        self.kept[name][start : start + len(rows)] = rows
 
 
 def _shape(call: Call) -> LayerShape:
@@ -159,18 +172,19 @@ def run_pass(
         NonFiniteActivations: NaN or infinity in keys, values, gradients or loss; names layer and stage.
     """
     positions = choose(sequences, settings.seed, settings.keep_tokens)
-    collector = _Collector(settings.window)
+    collector = _Collector(settings.window, sum(len(p) for p in positions))
     done, nll = 0, 0.0
     hashes: list[np.ndarray] = []
     if resume is not None:
         record, done = resume
         nll = record.info.nll_sum
         collector.shapes = {s.index: s for s in record.info.layers}
+        collector.filled = len(record.tensors["sample.hash"])
         for name, tensor in record.tensors.items():
-            if not name.startswith("sample."):
-                (collector.kept.setdefault(name, []).append(tensor) if ".sample." in name else None)
-                if ".sample." not in name:
-                    collector.sums[name] = tensor.clone()
+            if ".sample." in name:
+                collector.put(name, tensor, 0)
+            elif not name.startswith("sample."):
+                collector.sums[name] = tensor.clone()
         hashes.append(_columns(record.tensors))
 
     def record_now() -> Calibration:
@@ -214,14 +228,12 @@ def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> Iterator[None]:
-    """Freeze the weights, let gradients start at the embeddings, checkpoint long batches; undone at the end."""
+    """Freeze the weights and checkpoint long batches; undone at the end."""
     training = model.training
     frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     model.eval()
-    # Something upstream must require gradients; the weights need none.
-    handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
     checkpointing = settings.checkpointing
     if checkpointing is None:
         checkpointing = settings.batch_size * length > CHECKPOINT_TOKENS and model.supports_gradient_checkpointing
@@ -234,7 +246,6 @@ def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> It
     try:
         yield
     finally:
-        handle.remove()
         if checkpointing:
             model.gradient_checkpointing_disable()
         for parameter in frozen:
@@ -259,7 +270,7 @@ def _record(
     order = np.argsort(columns[0], kind="stable")
     index = torch.from_numpy(order)
     tensors = {name: tensor.cpu() for name, tensor in collector.sums.items()}
-    tensors.update({name: torch.cat(parts)[index] for name, parts in collector.kept.items()})
+    tensors.update({name: rows[: len(order)][index] for name, rows in collector.kept.items()})
     for row, name in enumerate(("hash", "sequence", "position")):
         tensors[f"sample.{name}"] = torch.from_numpy(columns[row][order].astype(np.int64))
     info = CalibrationInfo(

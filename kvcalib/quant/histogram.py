@@ -41,9 +41,12 @@ def fit_histogram(points: Values, mass: Values, levels: int, bins: int) -> Float
     """Optimal centres float64 `[levels]` of finite `points [n]`, not all equal, with weights `mass [n]`.
 
     `mass` of length 0 means weight 1 each. None if even split bins are too coarse for values so unevenly
-    spread.
+    spread, or their squares overflow.
     """
     histogram = Histogram(points, mass, bins)
+    span = float(histogram.high[-1] - histogram.low[0])
+    if span * span * float(histogram.mass.sum()) == math.inf:
+        return None
     for _ in range(3):
         used = np.flatnonzero(histogram.mass)
         lost = histogram.lost()

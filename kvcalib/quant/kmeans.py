@@ -9,10 +9,11 @@ dynamic programming finds it (`dynamic_programme.py`). `fit_ladder` gives the co
 0..max_bits out of one programme. KVQuant (arXiv 2401.18079) fits the same objective, weighted by Fisher
 information, with Lloyd's algorithm of scikit-learn; that is `solver="lloyd"`.
 
-Up to `bins` distinct values the optimum is exact, to 1e-14 of the variance. Above that the programme runs
-over about `bins` groups of points, or of bins of a histogram (`histogram.py`) if there are many, and its
-splits are then moved point by point. `tests/quant/test_kmeans.py` holds `fit` to 1e-4 of the optimum, and the
-ladder of a channel of 8192 tokens to 1e-4 up to 6 bits and 1e-3 at 7 and 8.
+Up to `bins` distinct values the optimum is exact, to 1e-14 of the variance (so an outlier may be 1e6 times
+the spread of the others, but not 1e12 times). Above that the programme runs over about `bins` groups of
+points, or of bins of a histogram (`histogram.py`) if there are many, and its splits are then moved point by
+point. `tests/quant/test_kmeans.py` holds `fit` to 1e-4 of the optimum, and the ladder of a channel of 8192
+tokens to 1e-4 up to 6 bits and 1e-3 at 7 and 8.
 
 Edge rules of everything that fits:
 
@@ -102,7 +103,7 @@ def fit(
 def fit_ladder(values: Any, weights: Any = None, max_bits: int = 8, *, bins: int = 2048) -> list[Floats]:
     """Optimal codebooks of the widths 0..max_bits: float64 `[1], [2], [4], ..., [2**max_bits]`.
 
-    Made for thousands of values per call. `bins` as in `fit`, but at least 4 per level of the widest codebook.
+    Made for thousands of values per call. `bins` as in `fit`, but at least 4 per level of the widest one.
     Arguments and errors otherwise as in `fit`.
     """
     x = as_floats(values)

@@ -41,7 +41,7 @@ class FitNuqSettings(BaseModel):
     key_bits: int = Field(default=3, ge=1, le=MAX_BITS)
     value_bits: int = Field(default=3, ge=1, le=MAX_BITS)
     granularity: Granularity = "channel"
-    value_granularity: Granularity = "head"
+    value_granularity: Granularity = "channel"
     value_scale: Scope = Field(default="token", description="What shares a zero and scale: a token, or its head.")
     key_outlier_scope: Scope = "token"
     outliers: float = Field(default=0.01, ge=0, le=0.05)

@@ -378,6 +378,21 @@ def test_huge_and_tiny_numbers_neither_overflow_nor_vanish(size):
     np.testing.assert_allclose(kmeans.fit(x * size, np.abs(w), 6), centres * size, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_histogram_whose_squares_overflow_is_not_used():
+    x = np.random.default_rng(0).standard_normal(50_000)
+    np.testing.assert_allclose(kmeans.fit(x * 1e200, None, 6) / 1e200, kmeans.fit(x, None, 6), rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [8192, 100_000])
+@pytest.mark.parametrize("away", [1e3, 1e6])
+def test_an_outlier_costs_one_level_and_no_precision(n, away):
+    x = np.random.default_rng(0).standard_normal(n)
+    centres = kmeans.fit(np.append(x, away), None, 6)
+    assert centres[-1] == away
+    assert kmeans.objective(x, None, centres) <= true_optimum(x, np.ones(n), 5) * (1 + 1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
