@@ -11,12 +11,12 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile, InputError
@@ -30,19 +30,28 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         InputError: the folder cannot be written or the disk is full; what was at `path` is untouched.
     """
+    with _replacing(path, len(content)) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, size: int) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; renamed to `path` if all goes well, else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # its writer wraps the system's error in one of its own
+            code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+            raise write_error(path, OSError(code, str(error)), size) from error
         if isinstance(error, OSError):
-            raise write_error(path, error, len(content)) from error
+            raise write_error(path, error, size) from error
         raise
 
 
@@ -73,8 +82,22 @@ def read_json(path: Path) -> Any:
 
 def encode_tensors(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
     """A safetensors file with `metadata` as its one key; the same content gives the same bytes."""
-    note = {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
-    return save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=note)
+    return save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=_note(metadata))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+    """Write the bytes of `encode_tensors` to `path` atomically, without a copy of them in memory.
+
+    Raises:
+        InputError: as `write_bytes`.
+    """
+    ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    with _replacing(path, sum(t.nbytes for t in ready.values())) as temporary:
+        save_file(ready, temporary, metadata=_note(metadata))
+
+
+def _note(metadata: Any) -> dict[str, str]:
+    return {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvcalib.calibration.sample import bottom_k
 from kvcalib.errors import CorruptFile, InputError
-from kvcalib.files import encode_tensors, read_tensors, write_bytes
+from kvcalib.files import read_tensors, write_tensors
 from kvcalib.model.identity import ModelIdentity, hash_json
 
 VERSION = 1
@@ -89,7 +89,7 @@ class Calibration:
     def save(self, path: Path, extra: Any = None) -> None:
         """Write the file atomically; the same record gives the same bytes."""
         note = {"info": self.info.model_dump(mode="json"), "extra": extra}
-        write_bytes(path, encode_tensors(self.tensors, note))
+        write_tensors(path, self.tensors, note)
 
     @classmethod
     def load(cls, path: Path) -> tuple[Calibration, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcalib.artifact.manifest import FitSettings
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import InputError, NonFiniteActivations
-from kvcalib.files import encode_tensors, read_tensors, write_bytes
+from kvcalib.files import read_tensors, write_tensors
 from kvcalib.quant.codebook import Format
 from kvcalib.quant.fitting import FitOptions, Granularity, Solver, Weights, fit_keys, fit_values, predicted_loss
 from kvcalib.quant.fitting import uniform_quantizer as at_bits
@@ -149,8 +149,8 @@ def run(run_dir: RunDir, settings: FitNuqSettings) -> Codebooks:
 
 
 def _save(run_dir: RunDir, codebooks: Codebooks, recorded: dict[str, Any]) -> None:
-    body = encode_tensors(codebooks.tensors, {"settings": codebooks.settings.model_dump(mode="json")})
-    write_bytes(run_dir.file(CODEBOOKS), body)
+    note_ = {"settings": codebooks.settings.model_dump(mode="json")}
+    write_tensors(run_dir.file(CODEBOOKS), codebooks.tensors, note_)
     run_dir.finish("fit-nuq", recorded, [CODEBOOKS])
 
 
