@@ -33,8 +33,12 @@ def run(
     value_bits: int | None = None,
     recent: int = 0,
     overwrite: bool = False,
+    widths: dict[tuple[int, Role], Tensor] | None = None,
 ) -> Manifest:
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
+
+    Args:
+        widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all.
 
     Raises:
         InputError: a stage before has not run. FolderInUse: `out` holds something else.
@@ -49,11 +53,12 @@ def run(
     layers = []
     for layer in codebooks.layers:
         specs = {}
+        chosen = {role: (widths or {}).get((layer, role), bits[role]) for role in ROLES}
         for role in ROLES:
-            quantizer = codebooks.quantizer(layer, role, bits[role])
-            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, bits[role]))
+            quantizer = codebooks.quantizer(layer, role, chosen[role])
+            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, chosen[role]))
             tensors.update(quantizer_tensors(quantizer, f"layers.{layer}.{role}"))
-        key_error, value_error = (layer_error(codebooks, calibration, layer, role, bits[role]) for role in ROLES)
+        key_error, value_error = (layer_error(codebooks, calibration, layer, role, chosen[role]) for role in ROLES)
         layers.append(
             LayerSpec(
                 index=layer,

@@ -11,7 +11,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -21,7 +20,16 @@ from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import InputError, NonFiniteActivations
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.quant.codebook import Format
-from kvcalib.quant.fitting import FitOptions, Granularity, Solver, Weights, fit_keys, fit_values, predicted_loss
+from kvcalib.quant.fitting import (
+    FitOptions,
+    Granularity,
+    Solver,
+    Weights,
+    fit_keys,
+    fit_values,
+    make_quantizer,
+    predicted_loss,
+)
 from kvcalib.quant.fitting import uniform_quantizer as at_bits
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Quantizer, Scope
@@ -100,11 +108,15 @@ class Codebooks:
         """`ladder`, `weight` or `loss` of one layer's keys or values."""
         return self.tensors[f"layers.{layer}.{role}.{name}"]
 
-    def quantizer(self, layer: int, role: Role, bits: int) -> Quantizer:
-        """The quantizer of one layer's keys or values with every channel at `bits`."""
-        return at_bits(
+    def widths(self, layer: int, role: Role, bits: int | Tensor) -> Tensor:
+        """`bits` as a width per channel, `[H, D]` uint8."""
+        return torch.as_tensor(bits).to(torch.uint8).expand(self.get(layer, role, "weight").shape)
+
+    def quantizer(self, layer: int, role: Role, bits: int | Tensor) -> Quantizer:
+        """The quantizer of one layer's keys or values at `bits`: one width, or one per channel `[H, D]` (0..8)."""
+        return make_quantizer(
             self.get(layer, role, "ladder"),
-            bits,
+            self.widths(layer, role, bits),
             role == "value",
             self.settings.scope(role),
             self.settings.outliers,
@@ -205,6 +217,7 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
 
 
-def predicted_total(codebooks: Codebooks, layer: int, role: Role, bits: int) -> float:
-    """Predicted loss of one layer's keys or values at a uniform width, nats per token."""
-    return float(np.asarray(codebooks.get(layer, role, "loss")[bits]).sum())
+def predicted_total(codebooks: Codebooks, layer: int, role: Role, bits: int | Tensor) -> float:
+    """Predicted loss of one layer's keys or values at one width, or one per channel `[H, D]`; nats per token."""
+    widths = codebooks.widths(layer, role, bits).long()
+    return float(codebooks.get(layer, role, "loss").gather(0, widths[None]).sum())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from kvcalib.allocation.friendliness import friendliness, relative_error
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.files import write_json
@@ -43,8 +45,8 @@ def run(run_dir: RunDir) -> dict[str, Any]:
     return table
 
 
-def layer_error(codebooks: Codebooks, calibration: Calibration, layer: int, role: Role, bits: int) -> float:
-    """Mean relative error of one layer's sampled keys or values (sinks left out) at `bits`."""
+def layer_error(codebooks: Codebooks, calibration: Calibration, layer: int, role: Role, bits: int | Tensor) -> float:
+    """Mean relative error of one layer's sampled keys or values (sinks left out) at one width or one per channel."""
     keep = sample_without_sinks(calibration, codebooks.settings.sinks)
     x = calibration.layer(layer)[f"sample.{role}"][keep]
     return float(relative_error(codebooks.quantizer(layer, role, bits), x, exact_dtype(x.dtype)).double().mean())
