@@ -75,7 +75,7 @@ def load_model(
         if device == "map":
             arguments["device_map"] = "auto"
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, output_loading_info=True, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _explain(name, error) from error
     except Exception as error:  # safetensors and hub errors have no common base
         if type(error).__name__ in _LOADING_ERRORS:
