@@ -2,9 +2,15 @@
 
 Accumulated attention (H2O, Q-Hitter): the sum over all queries. Windowed maximum (QAQ): the largest weight from the
 first `window` queries that can see the token, itself included. GQA groups are summed, or maximised, per kv head.
+
+`BlockAttention` is attention and these two figures in one pass, with its own backward pass: on a CPU, torch's fused
+attention takes two and a half times its forward pass to go back, and the weights would be computed twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,32 +35,104 @@ def drawn_attention(
         `(total, peak)`, float32 `[B, H, T]`: the sum over queries and group; the maximum over the group and over the
         queries t .. t + window - 1.
     """
-    batch, heads, length, _ = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    total = torch.zeros(batch, kv_heads, length, device=query.device)
-    peak = torch.zeros_like(total)
-    grouped = query.float().reshape(batch, kv_heads, group, length, -1) * scaling
-    wide = key.float().transpose(2, 3).unsqueeze(2)
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
-        scores = grouped[:, :, :, start:stop] @ wide[..., :stop]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        rows = torch.arange(start, stop, device=query.device)
-        # Only the last block of keys holds any that a query of this block may not see.
-        scores[..., start:].masked_fill_(torch.arange(start, stop, device=query.device) > rows[:, None], -torch.inf)
+    total, peak = (torch.zeros(key.shape[:3], device=key.device) for _ in range(2))
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    for start, stop, _, scores in _blocks(query.float(), key.float(), scaling, softcap):
         if sink_logits is not None:
             extra = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
             weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        total[..., :stop] += weights.sum((2, 3))
-        strongest = weights.amax(2)
-        for offset in range(min(window, stop)):
-            first = max(start - offset, 0)
-            seen = strongest[:, :, first + offset - start :, :]
-            columns = torch.arange(first, stop - offset, device=query.device)
-            drawn = seen.gather(-1, columns.view(1, 1, -1, 1).expand(batch, kv_heads, -1, 1)).squeeze(-1)
-            peak[..., first : stop - offset] = torch.maximum(peak[..., first : stop - offset], drawn)
+        _add_drawn(weights, start, stop, window, total, peak)
     return total, peak
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention of full sequences, float32: `apply(query, key, value, scaling, window)`.
+
+    Takes rotated `query [B, Hq, T, D]`, `key [B, H, T, D]` and `value [B, H, T, Dv]`; returns the output
+    `[B, Hq, T, Dv]` and, without gradient, `total` and `peak` as `drawn_attention` does. The backward pass computes the
+    weights of a block again from its scores and their log-sum-exp, as FlashAttention does (arXiv 2205.14135).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the class."""
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        log_sum = query.new_empty(query.shape[:3])
+        total, peak = (torch.zeros(key.shape[:3], device=key.device) for _ in range(2))
+        for start, stop, _, scores in _blocks(query, key, scaling):
+            highest = scores.amax(-1, keepdim=True)
+            weights = scores.sub_(highest).exp_()
+            norm = weights.sum(-1, keepdim=True)
+            weights.div_(norm)
+            _add_drawn(weights, start, stop, window, total, peak)
+            mixed = weights.flatten(2, 3) @ value[:, :, :stop]
+            out[:, :, start:stop] = mixed.view(*weights.shape[:4], -1).flatten(1, 2)
+            log_sum[:, :, start:stop] = (highest + norm.log()).squeeze(-1).flatten(1, 2)
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.scaling = scaling
+        ctx.mark_non_differentiable(total, peak)
+        return out, total, peak
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        """See the class."""
+        query, key, value, out, log_sum = ctx.saved_tensors
+        kv_heads = key.shape[1]
+        grad_query = torch.empty_like(query) if ctx.needs_input_grad[0] else None
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        # What softmax's derivative takes off every weight: the output times its own gradient.
+        inner = (grad * out).sum(-1)
+        for start, stop, rows, scores in _blocks(query, key, ctx.scaling):
+            weights = scores.sub_(_grouped(log_sum[:, :, start:stop], kv_heads)[..., None]).exp_().flatten(2, 3)
+            above = _grouped(grad[:, :, start:stop], kv_heads).flatten(2, 3)
+            grad_value[:, :, :stop] += weights.transpose(2, 3) @ above
+            slope = above @ value[:, :, :stop].transpose(2, 3)
+            slope.sub_(_grouped(inner[:, :, start:stop], kv_heads).flatten(2, 3)[..., None]).mul_(weights)
+            # The rows already carry the scaling.
+            grad_key[:, :, :stop] += slope.transpose(2, 3) @ rows
+            if grad_query is not None:
+                part = (slope @ key[:, :, :stop]).mul_(ctx.scaling)
+                shape = (part.shape[0], kv_heads, -1, stop - start, part.shape[3])
+                grad_query[:, :, start:stop] = part.view(shape).flatten(1, 2)
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """`[B, Hq, ...]` to `[B, H, G, ...]`."""
+    return x.unflatten(1, (kv_heads, -1))
+
+
+def _blocks(
+    query: Tensor, key: Tensor, scaling: float, softcap: float | None = None
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """`(start, stop, rows [B, H, G * q, D], scores [B, H, G, q, stop])` of each block of queries, masked causally.
+
+    `rows` are the block's queries times `scaling`.
+    """
+    kv_heads, length = key.shape[1], query.shape[2]
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        grouped = _grouped(query[:, :, start:stop], kv_heads)
+        rows = grouped.flatten(2, 3) * scaling
+        scores = (rows @ key[:, :, :stop].transpose(2, 3)).view(*grouped.shape[:4], stop)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        # Only the last keys hold any that a query of this block may not see.
+        later = torch.ones(stop - start, stop - start, dtype=torch.bool, device=key.device).triu_(1)
+        scores[..., start:].masked_fill_(later, -torch.inf)
+        yield start, stop, rows, scores
+
+
+def _add_drawn(weights: Tensor, start: int, stop: int, window: int, total: Tensor, peak: Tensor) -> None:
+    """Take the weights of the queries `start..stop`, `[B, H, G, q, stop]`, into `total` and `peak`."""
+    total[..., :stop] += weights.sum((2, 3))
+    strongest = weights.amax(2)
+    for offset in range(min(window, stop)):
+        first = max(start - offset, 0)
+        seen = strongest[:, :, first + offset - start :]
+        drawn = seen[..., first : stop - offset].diagonal(dim1=2, dim2=3)
+        peak[..., first : stop - offset] = torch.maximum(peak[..., first : stop - offset], drawn)

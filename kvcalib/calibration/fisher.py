@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvcalib.calibration.attention import drawn_attention
+from kvcalib.calibration.attention import BlockAttention, drawn_attention
 from kvcalib.calibration.sample import choose, sequence_id, token_hash
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerShape, norm_histogram
 from kvcalib.errors import NonFiniteActivations
@@ -76,14 +76,21 @@ class _Collector:
             call.key.register_hook(lambda g: self._gradient(layer, "key", g))
             call.value.register_hook(lambda g: self._gradient(layer, "value", g))
         query, key = call.rotate_new(call.query), call.rotate_new(call.key)
+        drawn = None
+        if _is_plain(call):
+            out, *drawn = BlockAttention.apply(query, key, call.value, call.scaling, self.window)
         # Gradient checkpointing runs the forward pass twice.
         if layer not in self.seen:
             self.seen.add(layer)
             with torch.no_grad():
-                self._forward(call, query.detach(), key.detach())
-        return call.plain(query, key, call.value)
+                if drawn is None:
+                    drawn = drawn_attention(
+                        query, key, call.scaling, self.window, call.kwargs.get("softcap"), call.kwargs.get("s_aux")
+                    )
+                self._forward(call, *drawn)
+        return (out.transpose(1, 2), None) if _is_plain(call) else call.plain(query, key, call.value)
 
-    def _forward(self, call: Call, query: Tensor, key: Tensor) -> None:
+    def _forward(self, call: Call, total_drawn: Tensor, peak: Tensor) -> None:
         layer = call.tap.layer
         if layer not in self.shapes:
             self.shapes[layer] = _shape(call)
@@ -95,16 +102,13 @@ class _Collector:
             self._add(f"layers.{layer}.{role}.square_sum", flat.square().sum((0, 2), dtype=torch.float64))
             self._keep(f"layers.{layer}.sample.{role}", x.detach().transpose(1, 2))
         raw = call.query.detach().float()
-        grouped = raw.reshape(raw.shape[0], key.shape[1], -1, raw.shape[3])
+        grouped = raw.reshape(raw.shape[0], call.key.shape[1], -1, raw.shape[3])
         self._add(f"layers.{layer}.query.outer", (grouped.transpose(2, 3) @ grouped).double().sum(0))
         squared = raw.square().sum(-1).transpose(0, 1).flatten(1)
         self._add(f"layers.{layer}.query.norm_histogram", norm_histogram(squared))
-        total, peak = drawn_attention(
-            query, key, call.scaling, self.window, call.kwargs.get("softcap"), call.kwargs.get("s_aux")
-        )
         self._add(f"layers.{layer}.attention.peak_sum", peak.sum((0, 2), dtype=torch.float64))
         self._add(f"layers.{layer}.attention.peak_square_sum", peak.square().sum((0, 2), dtype=torch.float64))
-        self._keep(f"layers.{layer}.sample.attention_sum", total.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_sum", total_drawn.transpose(1, 2))
         self._keep(f"layers.{layer}.sample.attention_peak", peak.transpose(1, 2))
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
@@ -138,6 +142,12 @@ class _Collector:
         if name not in self.kept:
             self.kept[name] = torch.empty(self.room, *rows.shape[1:], dtype=rows.dtype)
         self.kept[name][start : start + len(rows)] = rows
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether `BlockAttention` computes this call: causal softmax attention in float32, on a CPU."""
+    ordinary = call.mask is None and call.kwargs.get("softcap") is None and call.kwargs.get("s_aux") is None
+    return ordinary and call.query.device.type == "cpu" and call.query.dtype == torch.float32
 
 
 def _shape(call: Call) -> LayerShape:
