@@ -23,6 +23,9 @@ from kvcalib.quant.packing import MAX_BITS, Layout
 from kvcalib.quant.qnorm import match_moments
 from kvcalib.quant.quantizer import Quantizer, Scope
 
+LEAST_INLIERS = 0.05
+"""Share of a codebook's points that must be inliers; else it is fitted on all of them."""
+
 Granularity = Literal["layer", "head", "channel"]
 Weights = Literal["fisher_scale", "fisher", "none"]
 Solver = Literal["exact", "lloyd"]
@@ -140,6 +143,8 @@ def _ladders(
         return np.ascontiguousarray(a.reshape(tokens, columns, -1).transpose(0, 2, 1).reshape(-1, columns))
 
     values, weights, valid = by_codebook(normal), by_codebook(weight), by_codebook(inlier)
+    # A channel that is nearly always its token's largest would have nothing left to be fitted on.
+    valid |= valid.mean(0) < LEAST_INLIERS
     if options.solver == "exact":
         ladders = kmeans.fit_ladders(values, weights, valid, MAX_BITS)
     else:

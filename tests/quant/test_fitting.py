@@ -74,6 +74,16 @@ def test_outliers_are_left_out_of_the_fit():
     assert without[0, 0, ladder_slice(3)].max() < 1e3
 
 
+def test_a_channel_that_is_always_the_outlier_is_still_fitted():
+    x, fisher = sample()
+    x[:, 1, 5] += 1000
+    x[:, :, 0] = 0.5
+    ladders = fit_keys(np.abs(x), fisher, "channel", "token", FitOptions(outlier_share=0.45, qnorm=True))
+    values = np.abs(x)[:, 1, 5]
+    levels = ladders[1, 5, ladder_slice(3)].numpy()
+    assert kmeans.objective(values, None, levels) < 0.2 * values.var() * len(values)
+
+
 def test_values_are_relative_to_their_tokens_range():
     x, fisher = sample()
     ladders = fit_values(x * np.geomspace(1e-3, 1e3, 400)[:, None, None], fisher, "head", "token", PLAIN)
