@@ -12,13 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Artifact", "__version__", "attach", "detach", "load"]
+__all__ = ["Artifact", "PackedCache", "__version__", "attach", "detach", "load", "load_cache"]
 
 if TYPE_CHECKING:
-    from kvcalib.runtime.loader import Artifact, attach, detach, load
+    from kvcalib.runtime.cache import PackedCache
+    from kvcalib.runtime.loader import Artifact, attach, detach, load, load_cache
 
 # transformers takes seconds to import; `kvcalib --help` and kvcalib.quant need none of it.
-_LAZY = {"load": "loader", "attach": "loader", "detach": "loader", "Artifact": "loader"}
+_LAZY = dict.fromkeys(("Artifact", "attach", "detach", "load", "load_cache"), "loader") | {"PackedCache": "cache"}
 
 
 def __getattr__(name: str) -> Any:

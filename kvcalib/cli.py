@@ -216,6 +216,9 @@ def fisher(
     device: DeviceOption = "auto",
     batch_size: BatchOption = None,
     window: Annotated[int, typer.Option(min=1, help="Queries of the windowed attention maximum.")] = 5,
+    sliding: Annotated[
+        str, typer.Option(help="Quantize layers with a sliding window too: yes, no, auto (if there are no others).")
+    ] = "auto",
     seed: SeedOption = 0,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
@@ -230,7 +233,7 @@ def fisher(
         settings = _settings(
             stage.FisherSettings, data=data, samples=samples, seq_len=seq_len, keep_tokens=keep_tokens, dtype=dtype,
             device=device, batch_size=batch_size, window=window, seed=seed, revision=revision,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, sliding=sliding,
         )  # fmt: skip
         from kvcalib.model.loading import load_model, load_tokenizer
 
@@ -340,6 +343,9 @@ def evaluate(
     skip: Annotated[int, typer.Option(min=0, help="Sequences of a file or data set left out at its start.")] = 0,
     sinks: Annotated[int | None, typer.Option(min=0, help="First tokens kept exact; default: the artifact's.")] = None,
     recent: Annotated[int | None, typer.Option(min=0, help="Last tokens kept exact; default: the artifact's.")] = None,
+    prefill: Annotated[
+        str, typer.Option(help="quantized, or exact: score the second half after an exact prefill of the first.")
+    ] = "quantized",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     batch_size: BatchOption = None,
@@ -356,7 +362,7 @@ def evaluate(
 
         settings = _settings(
             stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
-            dtype=dtype, device=device, batch_size=batch_size, seed=seed, revision=revision,
+            prefill=prefill, dtype=dtype, device=device, batch_size=batch_size, seed=seed, revision=revision,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         loaded = [load(a) for a in artifact]
@@ -509,7 +515,8 @@ def _print_evaluations(results: list[Evaluation]) -> None:
     out_console.print(table)
     out_console.print(
         f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
-        f"model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); {first.protocol}",
+        f"{first.prefill} prefill, model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); "
+        f"{first.protocol}",
         highlight=False,
         soft_wrap=True,
     )

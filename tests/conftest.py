@@ -11,6 +11,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Triton's interpreter runs the kernels on CPU tensors; it must be chosen before triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.tiny import tiny_llama  # noqa: E402
 

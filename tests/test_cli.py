@@ -155,7 +155,7 @@ def test_eval_writes_the_measures(road, model, data, tmp_path):
     assert "protocol: " in shown
     narrow, wide = json.loads((tmp_path / "both.json").read_text())
     for row in (narrow, wide):
-        assert set(row) == KEYS | {"artifact", "dtype", "protocol"}
+        assert set(row) == KEYS | {"artifact", "dtype", "prefill", "protocol"}
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
         assert row["delta_nll"] == pytest.approx(row["nll"] - row["fp16_nll"])
         assert (row["seq_len"], row["tokens"], row["sinks"], row["recent"]) == (32, 64, 1, 0)
@@ -396,9 +396,9 @@ def test_truncated_files_of_a_run(run, tmp_path):
 
 def test_manifest_of_an_unknown_version(artifact, model, data):
     path = artifact / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
     for command in (("verify", artifact), ("inspect", artifact), ("eval", artifact, "--model", model, "--data", data)):
-        refused(2, r"manifest\.json: format_version is 2, this kvcalib reads 1", *command)
+        refused(2, r"manifest\.json: format_version is 3, this kvcalib reads 2", *command)
 
 
 def test_verify_names_the_altered_file(artifact):

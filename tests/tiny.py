@@ -69,17 +69,22 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def calibrate(
-    model: PreTrainedModel, samples: int = 4, seq_len: int = 48, keep: int = 160, seed: int = 0
+    model: PreTrainedModel,
+    samples: int = 4,
+    seq_len: int = 48,
+    keep: int = 160,
+    seed: int = 0,
+    layers: list[int] | None = None,
 ) -> Calibration:
     settings = PassSettings("test", seed, keep, 5, 2, "0" * 64)
-    rotations = prove(model, full_attention_layers(model))
+    rotations = prove(model, full_attention_layers(model) if layers is None else layers)
     return run_pass(model, rotations, tokens(samples, seq_len, 1).numpy(), identify(model), settings)
 
 
-def make_run(folder: Path, model: PreTrainedModel, **fit: Any) -> RunDir:
+def make_run(folder: Path, model: PreTrainedModel, layers: list[int] | None = None, **fit: Any) -> RunDir:
     """A run whose fisher and fit-nuq stages are done."""
     run = RunDir(folder, create=True)
-    calibrate(model).save(run.file(CALIBRATION))
+    calibrate(model, layers=layers).save(run.file(CALIBRATION))
     run.finish("fisher", {"seed": 0}, [CALIBRATION])
     fit_nuq.run(run, fit_nuq.FitNuqSettings(**fit))
     return run

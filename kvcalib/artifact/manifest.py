@@ -17,7 +17,7 @@ from kvcalib.quant.codebook import Format
 from kvcalib.quant.packing import Segment
 from kvcalib.quant.quantizer import Scope
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 Sha256 = str
 _HEX = r"^[0-9a-f]{64}$"
 
@@ -68,6 +68,9 @@ class TensorSpec(Record):
     head_dim: int = Field(ge=1)
     words: int = Field(ge=0, description="32-bit words per token.")
     segment: Segment = Field(description="Whether each head's words stand alone, or a row's heads share words.")
+    group: int = Field(
+        default=0, ge=0, description="Channels that lie side by side with one width, as fused kernels want; 0: free."
+    )
     scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
     outliers: int = Field(ge=0, description="Exact elements per group and token.")
     mean_bits: float = Field(ge=0, le=8, description="Mean code width of the channels.")
@@ -88,6 +91,7 @@ class LayerSpec(Record):
     key: TensorSpec
     value: TensorSpec
     friendliness: Friendliness | None = None
+    sliding: int | None = Field(default=None, ge=1, description="The layer's sliding window; None: it attends in full.")
 
 
 class RuntimeDefaults(Record):
@@ -109,7 +113,7 @@ class Manifest(Record):
     """`manifest.json`."""
 
     format: Literal["kvcalib-artifact"] = "kvcalib-artifact"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     producer: Producer
     model: ModelIdentity
     calibration: Calibration

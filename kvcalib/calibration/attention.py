@@ -25,11 +25,13 @@ def drawn_attention(
     window: int,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    sliding: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that causal queries pay to every token of full sequences.
 
     Args:
         query: `[B, Hq, T, D]`, rotated. key: `[B, H, T, D]`, rotated.
+        sliding: how many tokens a query sees, itself included; None for all.
 
     Returns:
         `(total, peak)`, float32 `[B, H, T]`: the sum over queries and group; the maximum over the group and over the
@@ -38,6 +40,9 @@ def drawn_attention(
     total, peak = (torch.zeros(key.shape[:3], device=key.device) for _ in range(2))
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     for start, stop, _, scores in _blocks(query.float(), key.float(), scaling, softcap):
+        if sliding is not None:
+            age = torch.arange(start, stop, device=key.device)[:, None] - torch.arange(stop, device=key.device)
+            scores.masked_fill_(age >= sliding, -torch.inf)
         if sink_logits is not None:
             extra = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
             weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]

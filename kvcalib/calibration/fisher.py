@@ -22,9 +22,11 @@ from kvcalib.calibration.attention import BlockAttention, drawn_attention
 from kvcalib.calibration.sample import choose, sequence_id, token_hash
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerShape, norm_histogram
 from kvcalib.errors import NonFiniteActivations
+from kvcalib.model.angles import pair_up, signed_partners
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
+from kvcalib.model.selftest import attention_layers
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
 
 CHECKPOINT_TOKENS = 4096
@@ -49,6 +51,7 @@ class _Collector:
 
     window: int
     room: int
+    sliding: dict[int, int | None]
     sums: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
     filled: int = 0
@@ -85,7 +88,13 @@ class _Collector:
             with torch.no_grad():
                 if drawn is None:
                     drawn = drawn_attention(
-                        query, key, call.scaling, self.window, call.kwargs.get("softcap"), call.kwargs.get("s_aux")
+                        query,
+                        key,
+                        call.scaling,
+                        self.window,
+                        call.kwargs.get("softcap"),
+                        call.kwargs.get("s_aux"),
+                        self.sliding[layer],
                     )
                 self._forward(call, *drawn)
         return (out.transpose(1, 2), None) if _is_plain(call) else call.plain(query, key, call.value)
@@ -93,7 +102,7 @@ class _Collector:
     def _forward(self, call: Call, total_drawn: Tensor, peak: Tensor) -> None:
         layer = call.tap.layer
         if layer not in self.shapes:
-            self.shapes[layer] = _shape(call)
+            self.shapes[layer] = _shape(call, self.sliding[layer])
         for role, x in (("key", call.key), ("value", call.value)):
             flat = x.detach().float()
             total = flat.sum((0, 2), dtype=torch.float64)
@@ -150,7 +159,10 @@ def _is_plain(call: Call) -> bool:
     return ordinary and call.query.device.type == "cpu" and call.query.dtype == torch.float32
 
 
-def _shape(call: Call) -> LayerShape:
+def _shape(call: Call, sliding: int | None) -> LayerShape:
+    head_dim = call.key.shape[3]
+    cos = call.tap.cos
+    signed = signed_partners(call.tap.rotation, head_dim, head_dim if cos is None else cos.shape[-1])
     bias = getattr(getattr(call.tap.module, "k_proj", None), "bias", None)
     return LayerShape(
         index=call.tap.layer,
@@ -158,6 +170,8 @@ def _shape(call: Call) -> LayerShape:
         kv_heads=call.key.shape[1],
         head_dim=call.key.shape[3],
         key_bias_norm=None if bias is None else float(bias.detach().float().norm()),
+        sliding=sliding,
+        partner=pair_up([abs(s) - 1 for s in signed or [0] * head_dim]),
     )
 
 
@@ -182,7 +196,7 @@ def run_pass(
         NonFiniteActivations: NaN or infinity in keys, values, gradients or loss; names layer and stage.
     """
     positions = choose(sequences, settings.seed, settings.keep_tokens)
-    collector = _Collector(settings.window, sum(len(p) for p in positions))
+    collector = _Collector(settings.window, sum(len(p) for p in positions), attention_layers(model))
     done, nll = 0, 0.0
     hashes: list[np.ndarray] = []
     if resume is not None:

@@ -32,7 +32,7 @@ from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.model.identity import ModelIdentity, hash_json
 
-VERSION = 1
+VERSION = 2
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 
@@ -47,6 +47,13 @@ class LayerShape(BaseModel):
     kv_heads: int
     head_dim: int
     key_bias_norm: float | None = Field(default=None, description="|b_k| of the key projection, if it has a bias.")
+    sliding: int | None = Field(default=None, description="Tokens that a query sees, itself included; None for all.")
+    partner: list[int] = Field(description="For each channel of a head the one that RoPE turns it with.")
+
+
+def rope_pairs(partner: list[int]) -> list[tuple[int, int]]:
+    """The pairs of channels that RoPE turns together, each once, by their lower channel."""
+    return [(i, p) for i, p in enumerate(partner) if i < p]
 
 
 class CalibrationInfo(BaseModel):

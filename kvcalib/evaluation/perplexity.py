@@ -1,7 +1,9 @@
 """Perplexity and divergence of packed caches against the unquantized model, on the same text.
 
-Every sequence is one forward pass over an empty packed cache: attention reads what the cache stored, for the prompt's
-own tokens too. That is the hardest protocol (no token but the sinks and the recent window is ever exact).
+With `prefill="quantized"` every sequence is one forward pass over an empty packed cache: attention reads what the cache
+stored, for the prompt's own tokens too. That is the hardest protocol (no token but the sinks and the recent window is
+ever exact). With "exact" the first half of a sequence is a prompt whose tokens see each other exactly, and the second
+half, which alone is scored, reads what was stored, itself included: what serving with quantize-after-prefill does.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from kvcalib.errors import NonFiniteActivations
 from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
-from kvcalib.runtime.loader import Artifact, attach, check_fit, detach, prove
+from kvcalib.runtime.loader import Artifact, Prefill, attach, check_fit, detach, prove
 
-PROTOCOL = (
-    "each sequence in one forward pass on real packed storage, prompt included; KLD is the mean over positions of "
-    "KL(unquantized || quantized)"
-)
+PROTOCOL: dict[Prefill, str] = {
+    "quantized": "each sequence in one forward pass on real packed storage, prompt included; KLD is the mean over "
+    "positions of KL(unquantized || quantized)",
+    "exact": "the first half of each sequence is an exact prefill, the second half is scored in one pass on real "
+    "packed storage, its own tokens included; KLD is the mean over its positions of KL(unquantized || quantized)",
+}
 
 
 class Evaluation(BaseModel):
@@ -46,7 +50,8 @@ class Evaluation(BaseModel):
     sinks: int
     recent: int
     dtype: str
-    protocol: str = PROTOCOL
+    prefill: Prefill
+    protocol: str
 
 
 def evaluate(
@@ -57,8 +62,12 @@ def evaluate(
     recent: int | None = None,
     batch_size: int = 1,
     on_batch: Callable[[int], None] | None = None,
+    prefill: Prefill = "quantized",
 ) -> list[Evaluation]:
     """Measure every artifact on `sequences [N, T]` (int64 token ids); the unquantized logits are computed once.
+
+    Args:
+        prefill: see the module.
 
     Raises:
         UnsupportedModel, ArtifactMismatch: as `attach`. NonFiniteActivations: the logits have NaN or infinities.
@@ -70,20 +79,24 @@ def evaluate(
     sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in artifacts]
     held: list[tuple[float, float]] = [(0.0, 0.0)] * len(artifacts)
     exact_bytes = 0.0
+    first = sequences.shape[1] // 2 if prefill == "exact" else 0
     for start in range(0, len(sequences), batch_size):
         ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size])).long().to(device)
-        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1).flatten()
+        targets = torch.nn.functional.pad(ids[:, first + 1 :], (0, 1), value=-1).flatten()
         with torch.no_grad():
             stock = DynamicCache(config=model.config.get_text_config(decoder=True))
-            expected = model(input_ids=ids, past_key_values=stock).logits.flatten(0, 1)
+            expected = model(input_ids=ids, past_key_values=stock).logits[:, first:].flatten(0, 1)
             exact_bytes = _exact_bytes(stock) / len(ids)
             del stock
             for number, artifact in enumerate(artifacts):
                 chosen = {layer: rotations[layer] for layer in artifact.quantizers}
-                attach(model, artifact, sinks, recent, rotations=chosen)
+                attachment = attach(model, artifact, sinks, recent, chosen, prefill)
                 try:
-                    cache = artifact.new_cache(model, sinks, recent)
-                    found = model(input_ids=ids, past_key_values=cache).logits.flatten(0, 1)
+                    cache = attachment.make_cache()
+                    if first:
+                        model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
+                        attachment.prefill = "quantized"
+                    found = model(input_ids=ids[:, first:], past_key_values=cache).logits.flatten(0, 1)
                 finally:
                     detach(model)
                 held[number] = (cache.nbytes() / len(ids), cache.effective_bits())
@@ -92,7 +105,9 @@ def evaluate(
         if on_batch is not None:
             on_batch(min(start + batch_size, len(sequences)))
     return [
-        _result(model, artifact, sequences, total, size, exact_bytes, sinks, recent)
+        _result(
+            model, artifact, sequences[:, first:], total, size, exact_bytes, sinks, recent, prefill, sequences.shape[1]
+        )
         for artifact, total, size in zip(artifacts, sums, held, strict=True)
     ]
 
@@ -112,6 +127,8 @@ def _result(
     exact_bytes: float,
     sinks: int | None,
     recent: int | None,
+    prefill: Prefill,
+    seq_len: int,
 ) -> Evaluation:
     positions, predicted = sequences.size, sequences.shape[0] * (sequences.shape[1] - 1)
     nll, exact_nll = total["nll"] / predicted, total["expected_nll"] / predicted
@@ -130,9 +147,11 @@ def _result(
         effective_bits=held[1],
         cache_bytes=held[0],
         fp16_cache_bytes=exact_bytes,
-        seq_len=sequences.shape[1],
+        seq_len=seq_len,
         tokens=positions,
         sinks=default.sinks if sinks is None else sinks,
         recent=default.recent if recent is None else recent,
         dtype=str(model.dtype).removeprefix("torch."),
+        prefill=prefill,
+        protocol=PROTOCOL[prefill],
     )

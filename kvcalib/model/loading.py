@@ -122,7 +122,20 @@ def pick_device(device: str) -> torch.device:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model wants its token ids: the device of its embeddings."""
     embeddings: Any = model.get_input_embeddings()
-    return embeddings.weight.device
+    return execution_device(embeddings)
+
+
+def execution_device(module: torch.nn.Module) -> torch.device:
+    """Where `module` computes: where its weights are or, if accelerate offloads them, where its hooks put them."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
 
 
 def _explain(name: str, error: Exception) -> InputError | UnsupportedModel:

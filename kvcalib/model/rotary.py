@@ -81,6 +81,7 @@ class RotaryRecorder:
         self._handles = [m.register_forward_hook(self._remember, with_kwargs=True) for m in modules]
         self.found = bool(modules)
 
+    @torch.compiler.disable
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._asking or not (isinstance(output, tuple) and len(output) == 2):
             return

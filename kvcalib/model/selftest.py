@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcalib.errors import UnsupportedModel
 from kvcalib.model.loading import input_device
@@ -31,10 +32,23 @@ class _Recorder:
         return key, value
 
 
+def attention_layers(model: PreTrainedModel) -> dict[int, int | None]:
+    """Layers that keep keys and values of their own: index to sliding window, None where every token is kept.
+
+    A window of n shows a query itself and the n - 1 tokens before it. Linear, chunked and shared layers are left out.
+    """
+    found: dict[int, int | None] = {}
+    for index, layer in enumerate(DynamicCache(config=model.config.get_text_config(decoder=True)).layers):
+        if type(layer) is DynamicLayer:
+            found[index] = None
+        elif type(layer) is DynamicSlidingWindowLayer:
+            found[index] = int(layer.sliding_window)
+    return found
+
+
 def full_attention_layers(model: PreTrainedModel) -> list[int]:
     """Layers whose stock cache layer keeps every token (not sliding, chunked, linear or shared)."""
-    stock = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return [i for i, layer in enumerate(stock) if type(layer).__name__ == "DynamicLayer"]
+    return [index for index, window in attention_layers(model).items() if window is None]
 
 
 def find_rotations(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:

@@ -28,6 +28,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcalib.errors import UnsupportedModel
+from kvcalib.model.angles import Angles
 from kvcalib.model.rotary import RotaryCall, RotaryRecorder, Rotation
 
 AttentionOutput = tuple[Tensor, Tensor | None]
@@ -76,6 +77,11 @@ class Call:
         cos, sin = self.tap.owner.recorder.angles(self.tap.rotary, positions)
         part = slice(start, start + x.shape[2])
         return self.tap.rotation.apply(x, cos[:, part].to(x.device), sin[:, part].to(x.device))
+
+    @property
+    def angles(self) -> Angles | None:
+        """The rotation as numbers, for kernels; None where it has none (see `Angles.of`)."""
+        return self.tap.owner.angles(self.tap, self.key.shape[-1])
 
     def plain(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionOutput:
         """The model's untouched attention on rotated `query` and `key`."""
@@ -143,6 +149,7 @@ class Taps:
         self.handler = handler
         self.enabled = True
         self.recorder = RotaryRecorder(model)
+        self._angles: dict[Any, Angles | None] = {}
         self.base = base_implementation(model)
         self._original = model.config._attn_implementation
         modules = find_attention(model)
@@ -187,9 +194,20 @@ class Taps:
         """The attention function that the model used before."""
         return base_function(self.base, module)(module, *args, **kwargs)
 
+    def angles(self, tap: Tap, head_dim: int) -> Angles | None:
+        """`Angles.of` the tap; found once for all layers that turn alike."""
+        call = tap.rotary if tap.rotation.style != "none" else None
+        where = None if call is None else (id(call.module), tuple(sorted(call.extra.items(), key=str)))
+        key = (tap.rotation.function, tap.rotation.style, where, head_dim)
+        if key not in self._angles:
+            self._angles[key] = Angles.of(tap.rotation, call, head_dim)
+        return self._angles[key]
+
+    @torch.compiler.disable
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.recorder.start()
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
             return None
@@ -243,6 +261,7 @@ def parameter_names(kind: type) -> tuple[str, ...]:
 def _attention_for(base: str) -> Any:
     """The function that transformers calls for every attention of a model that is tapped on `base`."""
 
+    @torch.compiler.disable
     def attention(
         module: nn.Module,
         query: Tensor,

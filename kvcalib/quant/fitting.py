@@ -109,13 +109,23 @@ def uniform_quantizer(
 
 
 def make_quantizer(
-    ladders: Tensor, widths: Tensor, relative: bool, scope: Scope, outlier_share: float, weight: Tensor
+    ladders: Tensor,
+    widths: Tensor,
+    relative: bool,
+    scope: Scope,
+    outlier_share: float,
+    weight: Tensor,
+    order: Tensor | None = None,
 ) -> Quantizer:
-    """The quantizer with `widths [H, D]` bits per channel, codebooks picked from `ladders [H, D, 511]`."""
+    """The quantizer with `widths [H, D]` bits per channel, codebooks picked from `ladders [H, D, 511]`.
+
+    Args:
+        order: `[D]`, the sequence in which a head's channels are laid out in a row; ascending if None.
+    """
     elements = ladders.shape[1] if scope == "head" else ladders.shape[0] * ladders.shape[1]
     return Quantizer(
         Codebook.from_ladders(ladders, widths),
-        Layout.build(widths),
+        Layout.build(widths, order=None if order is None else order.expand(widths.shape)),
         relative,
         scope,
         outliers.outlier_count(outlier_share, elements),

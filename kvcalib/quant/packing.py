@@ -5,6 +5,9 @@ head and channel, in which word and at which shift its bits lie. A code is cut i
 (3 = 2 + 1, 7 = 4 + 2 + 1, 8 = 4 + 4, low bits in the first plane). Inside a segment the fields follow one another from
 large to small, so no field ever straddles two words and at most 31 bits of a segment stay unused. A segment is a head
 (heads can be read, sharded and evicted alone) or, where that would waste more than 2 %, the whole row.
+
+Where 16 channels in a row have one width they form a group: its plane of 4 bits is two whole words, of 2 bits one
+word, of 1 bit half a word. The kernels read such a plane with one or two loads instead of sixteen.
 """
 
 from __future__ import annotations
@@ -23,6 +26,22 @@ MAX_PLANES = 3
 MAX_BITS = 8
 Segment = Literal["head", "row"]
 HEAD_SEGMENT_WASTE = 0.02
+GROUP = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """16 channels of one head whose fields lie side by side in every plane.
+
+    Attributes:
+        width: bits of each channel.
+        channels: the 16 channels of the head, in the order of their fields.
+        planes: for each plane `(word, half)`: its first word, and 1 where a plane of 1 bit takes the word's upper half.
+    """
+
+    width: int
+    channels: tuple[int, ...]
+    planes: tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -45,28 +64,36 @@ class Layout:
     _tables: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def build(cls, widths: Tensor, segment: Segment | None = None) -> Layout:
+    def build(cls, widths: Tensor, segment: Segment | None = None, order: Tensor | None = None) -> Layout:
         """Lay out `widths [H, D]`; `segment=None` takes "head" unless that wastes more than 2 % of a row.
 
+        Args:
+            widths: bits per channel, 0..8.
+            segment: what stands alone: each head, or the whole row.
+            order: `[H, D]`, the sequence in which the channels of each head are laid (0..D-1 if None). Wider channels
+                still come first; `order` decides among channels of one width. RoPE pairs side by side in `order` lie
+                side by side in every plane.
+
         Raises:
-            ValueError: a width outside 0..8.
+            ValueError: a width outside 0..8, or an `order` whose rows are not permutations of 0..D-1.
         """
         table = check_widths(widths)
         if segment is None:
-            by_head = cls.build(table, "head")
-            return by_head if by_head.waste <= HEAD_SEGMENT_WASTE else cls.build(table, "row")
+            by_head = cls.build(table, "head", order)
+            return by_head if by_head.waste <= HEAD_SEGMENT_WASTE else cls.build(table, "row", order)
         width = table.numpy()
         heads, head_dim = width.shape
+        sequence = _check_order(order, heads, head_dim)
         word = np.full((MAX_PLANES, heads, head_dim), -1, dtype=np.int16)
         shift = np.zeros((MAX_PLANES, heads, head_dim), dtype=np.uint8)
         bit = 0
         for rows in [[h] for h in range(heads)] if segment == "head" else [list(range(heads))]:
             bit = -(-bit // 32) * 32
             # Wide channels first: channels of one width then stand together, as the kernels want them.
-            order = sorted(((h, d) for h in rows for d in range(head_dim)), key=lambda c: -int(width[c]))
+            fields = sorted(((h, d) for h in rows for d in sequence[h]), key=lambda c: -int(width[c]))
             for size in (4, 2, 1):
                 for plane in range(MAX_PLANES):
-                    for h, d in order:
+                    for h, d in fields:
                         planes = PLANES[int(width[h, d])]
                         if plane < len(planes) and planes[plane] == size:
                             word[plane, h, d], shift[plane, h, d] = divmod(bit, 32)
@@ -103,6 +130,45 @@ class Layout:
                 if word >= self.words or shift + sizes[plane] > 32 or used[first : first + sizes[plane]].any():
                     raise ValueError(f"layout: head {h} channel {d} plane {plane} overlaps or leaves the row")
                 used[first : first + sizes[plane]] = True
+
+    def groups(self, pairs: Tensor | None = None) -> list[list[Group]] | None:
+        """The groups of every head in the order of their fields, or None where the tables hold no such groups.
+
+        Args:
+            pairs: `[D / 2, 2]`, the channels that RoPE turns together. A group then consists of 8 of these pairs, the
+                two channels of a pair next to each other. None: any 16 channels do.
+        """
+        mate = None if pairs is None else {int(a): int(b) for a, b in pairs.tolist()}
+        found = [self._head_groups(h, mate) for h in range(self.widths.shape[0])]
+        whole = [groups for groups in found if groups is not None]
+        return whole if len(whole) == len(found) else None
+
+    def _head_groups(self, head: int, mate: dict[int, int] | None) -> list[Group] | None:
+        width = self.widths[head].tolist()
+        start = (self.word[:, head].long() * 32 + self.shift[:, head].long()).tolist()
+        groups = []
+        for bits in sorted(set(width), reverse=True):
+            channels = [d for d, w in enumerate(width) if w == bits]
+            if bits:
+                channels.sort(key=lambda d: start[0][d])
+            elif mate is not None:
+                channels = [d for a, b in mate.items() if width[a] == width[b] == 0 for d in (a, b)]
+            if len(channels) % GROUP or len(channels) != width.count(bits):
+                return None
+            for first in range(0, len(channels), GROUP):
+                mine = channels[first : first + GROUP]
+                if mate is not None and any(mate.get(a) != b for a, b in zip(mine[::2], mine[1::2], strict=True)):
+                    return None
+                for plane, size in enumerate(PLANES[bits]):
+                    low = start[plane][mine[0]]
+                    # A plane of 1 bit is aligned to half a word, the others to a word.
+                    if low % min(32, GROUP * size) or any(
+                        start[plane][d] != low + i * size for i, d in enumerate(mine)
+                    ):
+                        return None
+                planes = tuple(divmod(start[p][mine[0]], 32) for p in range(len(PLANES[bits])))
+                groups.append(Group(bits, tuple(mine), tuple((word, shift // 16) for word, shift in planes)))
+        return groups
 
     def tables(self, device: torch.device) -> tuple[Tensor, ...]:
         """`(word, shift, mask, position)`, each `[P, H*D]`, on `device`; unused planes have mask 0."""
@@ -159,6 +225,19 @@ def check_widths(widths: Tensor) -> Tensor:
         h, d = wrong[0].tolist()
         raise ValueError(f"widths[{h}][{d}] is {table[h, d].item()}, expected 0..{MAX_BITS}")
     return table.to(torch.uint8).contiguous()
+
+
+def _check_order(order: Tensor | None, heads: int, head_dim: int) -> list[list[int]]:
+    if order is None:
+        return [list(range(head_dim))] * heads
+    rows = torch.as_tensor(order).cpu()
+    if rows.shape != (heads, head_dim):
+        raise ValueError(f"order has shape {tuple(rows.shape)}, expected {(heads, head_dim)} as widths")
+    wrong = (rows.long().sort(-1).values != torch.arange(head_dim)).any(-1).nonzero()
+    if len(wrong):
+        head = int(wrong[0])
+        raise ValueError(f"order[{head}] is {rows[head].tolist()}, expected each of 0..{head_dim - 1} once")
+    return [[int(d) for d in row] for row in rows]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -23,7 +23,7 @@ Rows = dict[str, Tensor]
 `outlier_value [N, G, n]`; for values `zero` and `scale [N, G]`. G is 1 (scope "token") or H (scope "head")."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Quantizer:
     """Quantizer of the keys or the values of one layer.
 
@@ -97,6 +97,16 @@ class Quantizer:
         if self.outliers >= elements:
             raise ValueError(f"outliers is {self.outliers}, expected less than the {elements} elements of a group")
         self.layout.check()
+
+    def row_spec(self, exact_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what is stored of one token, by name; see `Rows`."""
+        spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"words": ((self.layout.words,), torch.int32)}
+        if self.outliers:
+            spec["outlier_index"] = ((self.groups, self.outliers), self.index_dtype)
+            spec["outlier_value"] = ((self.groups, self.outliers), exact_dtype)
+        if self.relative:
+            spec["zero"] = spec["scale"] = ((self.groups,), exact_dtype)
+        return spec
 
     @property
     def index_dtype(self) -> torch.dtype:

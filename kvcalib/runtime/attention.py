@@ -1,7 +1,8 @@
 """Attention over a packed layer: chunk by chunk, never a full-precision copy of the cache.
 
 For every chunk of stored tokens: unpack, look up, rotate, score; the softmax is carried along as a running maximum and
-sum (online softmax, arXiv 1805.02867). All arithmetic in float32. This is the reference path on every device.
+sum (online softmax, arXiv 1805.02867). All arithmetic in float32. This is the reference path on every device;
+`attend_packed` takes a fused kernel where there is one.
 """
 
 from __future__ import annotations
@@ -11,9 +12,38 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kvcalib.model.taps import Call
+from kvcalib.runtime import native, paths
+from kvcalib.runtime.kernels.view import PackedView
+from kvcalib.runtime.layers import chunks
+
 QUERY_BLOCK = 1024
 
 Chunks = Iterator[tuple[int, Tensor, Tensor]]
+
+
+def attend_packed(call: Call, query: Tensor, view: PackedView) -> Tensor:
+    """Attention of `query [B, Hq, Q, D]`, rotated, over `view`; `[B, Q, Hq, Dv]` in the dtype of `query`."""
+    softcap, sink_logits = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
+    angles = call.angles
+    path = paths.reading(query, view, angles)
+    if path == "triton":
+        from kvcalib.runtime.kernels.attention import packed_attention
+
+        return packed_attention(query, view, angles, call.mask, call.scaling, softcap, sink_logits)
+    if path == "native":
+        assert angles is not None
+        return native.native_attention(query, view, angles, call.mask, call.scaling, softcap, sink_logits)
+    return chunked_attention(
+        query,
+        chunks(view),
+        lambda keys, start: call.rotate_at(keys.to(query.dtype), view.positions, start).float(),
+        call.mask,
+        view.positions.shape[1],
+        call.scaling,
+        softcap,
+        sink_logits,
+    )
 
 
 def chunked_attention(

@@ -11,28 +11,35 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from kvcalib.artifact import hub, store
 from kvcalib.artifact.manifest import Manifest, TensorSpec
 from kvcalib.errors import ArtifactMismatch, CorruptFile, UnsupportedModel
+from kvcalib.files import hash_bytes
 from kvcalib.model import selftest
-from kvcalib.model.identity import HARD, SOFT, identify
+from kvcalib.model.identity import HARD, SOFT, ModelIdentity, identify
+from kvcalib.model.loading import execution_device
 from kvcalib.model.rotary import Rotation
-from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
+from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps, find_attention
 from kvcalib.quant.codebook import Codebook
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.attention import chunked_attention
-from kvcalib.runtime.cache import ExactLayer, PackedCache, PackedLayer, TapLayer
+from kvcalib.runtime.attention import attend_packed
+from kvcalib.runtime.cache import PackedCache
+from kvcalib.runtime.layers import ExactLayer, PackedLayer, TapLayer, with_exact
+from kvcalib.runtime.saved import Origin, Place, restore
 
+Prefill = Literal["quantized", "exact"]
+PREFILLS: tuple[Prefill, ...] = ("quantized", "exact")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
 
 
@@ -43,7 +50,14 @@ class Artifact:
     manifest: Manifest
     quantizers: dict[int, dict[str, Quantizer]]
     path: Path | None = None
-    _fits: weakref.WeakKeyDictionary[nn.Module, bool] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+    _fits: weakref.WeakKeyDictionary[nn.Module, ModelIdentity] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
+
+    def check_fit(self, model: PreTrainedModel) -> None:
+        """See the function `check_fit`; a model is looked at once."""
+        if model not in self._fits:
+            self._fits[model] = check_fit(self, model)
 
     def new_cache(self, model: PreTrainedModel, sinks: int | None = None, recent: int | None = None) -> PackedCache:
         """An empty packed cache for `model`, which must be attached when the cache is used.
@@ -54,18 +68,43 @@ class Artifact:
         Raises:
             ArtifactMismatch: the artifact was built for another model.
         """
-        if model not in self._fits:
-            check_fit(self, model)
-            self._fits[model] = True
+        self.check_fit(model)
         default = self.manifest.runtime
         sinks = default.sinks if sinks is None else sinks
         recent = default.recent if recent is None else recent
         if sinks < 0 or recent < 0:
             raise ValueError(f"sinks is {sinks} and recent is {recent}, expected counts of 0 or more")
+        windows = selftest.attention_layers(model)
         layers: dict[int, TapLayer] = {
-            index: PackedLayer(pair["key"], pair["value"], sinks, recent) for index, pair in self.quantizers.items()
+            index: PackedLayer(pair["key"], pair["value"], sinks, recent, windows[index])
+            for index, pair in self.quantizers.items()
         }
-        return PackedCache(model.config, layers)
+        origin = Origin(
+            artifact=self.path.name if self.path else "",
+            artifact_sha256=hash_bytes(self.manifest.encode()),
+            model=self._fits[model],
+            dtype=str(model.dtype).removeprefix("torch."),
+            sinks=sinks,
+            recent=recent,
+        )
+        return PackedCache(model.config, layers, origin)
+
+    def load_cache(
+        self, path: str | Path, model: PreTrainedModel, sinks: int | None = None, recent: int | None = None
+    ) -> PackedCache:
+        """The cache that `PackedCache.save` wrote to `path`, ready for `model` to go on from.
+
+        Args:
+            sinks, recent: as the cache was made with; the artifact's defaults if None.
+
+        Raises:
+            ArtifactMismatch: it was saved from another artifact, model, dtype or setting; names both.
+            CorruptFile: it is damaged. InputError: there is none.
+        """
+        cache = self.new_cache(model, sinks, recent)
+        places = {i: Place(execution_device(m), *_kv_shape(model, i)) for i, m in find_attention(model).items()}
+        restore(cache, Path(path), places)
+        return cache
 
 
 def load(path: str | Path, revision: str | None = None) -> Artifact:
@@ -101,18 +140,18 @@ def _quantizer(spec: TensorSpec, relative: bool, prefix: str, tensors: dict[str,
     return quantizer
 
 
-def check_fit(artifact: Artifact, model: PreTrainedModel) -> None:
-    """Raise ArtifactMismatch unless the artifact's layers are `model`'s; warn if its weights are others."""
+def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:
+    """`model`'s identity; ArtifactMismatch unless the artifact fits it; a warning if its weights are others."""
     expected, found = artifact.manifest.model, identify(model)
     where = f"artifact {str(artifact.path)!r}" if artifact.path else "the artifact"
     for difference in expected.differences(found, HARD):
         raise ArtifactMismatch(f"{where} was built for {expected.name!r}: this model's {difference}; build one for it")
-    stock = selftest.full_attention_layers(model)
+    stock = selftest.attention_layers(model)
     for layer in artifact.manifest.layers:
         if layer.index not in stock:
             raise ArtifactMismatch(
-                f"{where} quantizes layer {layer.index}, which in this model does not attend in full (layers that do: "
-                f"{stock}); build one for it"
+                f"{where} quantizes layer {layer.index}, which in this model keeps no keys and values of its own "
+                f"(layers that do: {sorted(stock)}); build one for it"
             )
         for role, spec in (("key", layer.key), ("value", layer.value)):
             for name, found_size in zip(("kv_heads", "head_dim"), _kv_shape(model, layer.index), strict=True):
@@ -125,8 +164,9 @@ def check_fit(artifact: Artifact, model: PreTrainedModel) -> None:
         if expected.differences(found, (name,)):
             hint = "a fine-tuned or differently loaded model may be served with it, but measure it with `kvcalib eval`"
             warnings.warn(
-                f"{where} was calibrated on other {SOFT[name]} than this model's ({name}); {hint}", stacklevel=3
+                f"{where} was calibrated on other {SOFT[name]} than this model's ({name}); {hint}", stacklevel=4
             )
+    return found
 
 
 def _kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
@@ -139,44 +179,49 @@ def _kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
 
 
 class _PackedAttention:
-    """Handler of an attached model: cached attention on packed or exact layers."""
+    """Handler of an attached model: cached attention on packed or exact layers.
 
+    Args:
+        exact_prefill: tokens of a pass that brings several attend to one another exactly, and only to what was there
+            before as it was stored.
+    """
+
+    def __init__(self, exact_prefill: bool = False) -> None:
+        self.exact_prefill = exact_prefill
+
+    @torch.compiler.disable
     def before(self, tap: Tap) -> None:
-        """Tell the layer which of the new tokens are real."""
+        """Tell the cache which of the new tokens are real."""
         if not isinstance(tap.cache, PackedCache):
             raise ValueError(
                 f"the attached model was given a {type(tap.cache).__name__} as past_key_values; "
                 "pass artifact.new_cache(model), or nothing, or call kvcalib.detach(model) first"
             )
-        layer = tap.cache.layers[tap.layer]
-        if isinstance(layer, TapLayer):
-            layer.note(_valid(tap.mask))
+        tap.cache.expect(tap.layer, _valid(tap.mask))
 
+    @torch.compiler.disable
     def attend(self, call: Call) -> AttentionOutput:
-        """Attention over everything that the layer holds."""
+        """Attention over everything that the layer shows."""
         cache, tap = call.tap.cache, call.tap
         layer = cache.layers[tap.layer]
-        length, new = layer.get_seq_length(), call.query.shape[2]
+        new = call.query.shape[2]
         if tap.rotary is not None:
             current = tap.rotary.position_ids
         else:
-            current = torch.arange(length - new, length, device=call.query.device)[None]
-        positions = cache.extend_positions(length, current)
+            current = torch.arange(layer.seen - new, layer.seen, device=call.query.device)[None]
+        count = layer.visible(new)
+        positions = cache.extend_positions(layer.seen, current)
+        if count < layer.seen:
+            positions = positions[:, layer.seen - count :]
         query = call.rotate_new(call.query)
         if isinstance(layer, ExactLayer):
-            key, value = layer.read()
+            key, value = layer.read(count)
             return call.plain(query, call.rotate_at(key, positions), value)
-        out = chunked_attention(
-            query,
-            layer.chunks(),
-            lambda keys, start: call.rotate_at(keys.to(call.query.dtype), positions, start).float(),
-            call.mask,
-            length,
-            call.scaling,
-            call.kwargs.get("softcap"),
-            call.kwargs.get("s_aux"),
-        )
-        return out, None
+        if self.exact_prefill and new > 1:
+            if count == new:
+                return call.plain(query, call.rotate_new(call.key), call.value)
+            return attend_packed(call, query, with_exact(layer.view(count, positions), call.key, call.value)), None
+        return attend_packed(call, query, layer.view(count, positions)), None
 
 
 def _valid(mask: Tensor | None) -> Tensor | None:
@@ -194,8 +239,30 @@ class Attachment:
     model: PreTrainedModel
     artifact: Artifact
     taps: Taps
-    make_cache: Callable[[], PackedCache]
+    sinks: int | None
+    recent: int | None
     handles: list[Any] = field(default_factory=list)
+    lent: PackedCache | None = None
+
+    @property
+    def prefill(self) -> Prefill:
+        """How the tokens of a pass that brings several see each other; see `attach`. May be set between passes."""
+        return "exact" if self._handler.exact_prefill else "quantized"
+
+    @prefill.setter
+    def prefill(self, value: Prefill) -> None:
+        if value not in PREFILLS:
+            raise ValueError(f"prefill is {value!r}, expected one of {PREFILLS}")
+        self._handler.exact_prefill = value == "exact"
+
+    @property
+    def _handler(self) -> _PackedAttention:
+        assert isinstance(self.taps.handler, _PackedAttention)
+        return self.taps.handler
+
+    def make_cache(self) -> PackedCache:
+        """An empty cache with the attachment's settings."""
+        return self.artifact.new_cache(self.model, self.sinks, self.recent)
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
@@ -220,17 +287,37 @@ class Attachment:
                 model_kwargs["past_key_values"] = self.make_cache()
                 result = prepare(config, model_kwargs, *args, **kwargs)
                 model_kwargs["past_key_values"]._is_user_defined = False
+                if getattr(config, "is_assistant", False):
+                    # What `prepare` does for the caches it makes: rejected drafts are cropped off again.
+                    model_kwargs["past_key_values"].activate_past_recording()
                 return result
             return prepare(config, model_kwargs, *args, **kwargs)
 
         model._prepare_cache_for_generation = prepare_packed
         self.handles.append(model.register_forward_pre_hook(self._give_cache, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self._take_back))
 
+    @torch.compiler.disable
     def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Also with use_cache=False: attention then reads a packed cache that lives for this one call.
-        if self.taps.enabled and kwargs.get("past_key_values") is None and len(args) < 4:
-            return args, kwargs | {"past_key_values": self.make_cache()}
-        return None
+        self.lent = None
+        if not self.taps.enabled or kwargs.get("past_key_values") is not None or len(args) > 3:
+            return None
+        cache = self.make_cache()
+        wanted = kwargs.get("use_cache")
+        if wanted is False or (wanted is None and self.model.config.get_text_config(decoder=True).use_cache is False):
+            self.lent = cache
+        return args, kwargs | {"past_key_values": cache}
+
+    @torch.compiler.disable
+    def _take_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        # `generate(use_cache=False)` would go on with a cache that it finds in the output.
+        lent, self.lent = self.lent, None
+        if lent is None:
+            return None
+        if isinstance(output, ModelOutput):
+            return type(output)(**{name: part for name, part in output.items() if part is not lent})
+        return tuple(part for part in output if part is not lent)
 
     def remove(self) -> None:
         """Undo `install` and take the taps off."""
@@ -247,6 +334,7 @@ def attach(
     sinks: int | None = None,
     recent: int | None = None,
     rotations: dict[int, Rotation] | None = None,
+    prefill: Prefill = "quantized",
 ) -> Attachment:
     """Make `model` run on packed caches of `artifact` until `detach`.
 
@@ -254,6 +342,9 @@ def attach(
         artifact: a loaded artifact, its folder or its Hub id.
         sinks, recent: exact first and last tokens; the artifact's defaults if None.
         rotations: what `prove` returned for this model and these layers, to skip the self-test.
+        prefill: "quantized": every query reads what the cache stored, the prompt's own tokens included. "exact": the
+            tokens of a pass that brings several (a prompt, a chunk of one) see each other exactly and are read as
+            stored from the next pass on; faster, and the prompt's hidden states carry less error.
 
     Raises:
         UnsupportedModel: the self-test failed. ArtifactMismatch: the artifact is another model's.
@@ -262,15 +353,15 @@ def attach(
     if model in _ATTACHED:
         raise RuntimeError("the model is attached already; call kvcalib.detach(model) first")
     loaded = artifact if isinstance(artifact, Artifact) else load(artifact)
-    if model not in loaded._fits:
-        check_fit(loaded, model)
-        loaded._fits[model] = True
+    loaded.check_fit(model)
     if not loaded.quantizers:
         raise UnsupportedModel(f"artifact {str(loaded.path)!r} quantizes no layer; there is nothing to attach")
     if rotations is None:
         rotations = prove(model, list(loaded.quantizers))
-    taps = Taps(model, _PackedAttention(), rotations)
-    attachment = Attachment(model, loaded, taps, lambda: loaded.new_cache(model, sinks, recent))
+    if prefill not in PREFILLS:
+        raise ValueError(f"prefill is {prefill!r}, expected one of {PREFILLS}")
+    taps = Taps(model, _PackedAttention(prefill == "exact"), rotations)
+    attachment = Attachment(model, loaded, taps, sinks, recent)
     attachment.install()
     _ATTACHED[model] = attachment
     return attachment
@@ -281,6 +372,18 @@ def detach(model: PreTrainedModel) -> None:
     attachment = _ATTACHED.pop(model, None)
     if attachment is not None:
         attachment.remove()
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> PackedCache:
+    """The cache that `PackedCache.save` wrote to `path`, for the attached `model`; see `Artifact.load_cache`.
+
+    Raises:
+        RuntimeError: the model is not attached.
+    """
+    attachment = _ATTACHED.get(model)
+    if attachment is None:
+        raise RuntimeError("the model is not attached; call kvcalib.attach(model, artifact) before load_cache")
+    return attachment.artifact.load_cache(path, model, attachment.sinks, attachment.recent)
 
 
 def prove(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
@@ -296,4 +399,5 @@ def prove(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:
 
 def exact_cache(model: PreTrainedModel, layers: list[int]) -> PackedCache:
     """A cache that keeps `layers` exact but un-rotated, as the self-test needs it."""
-    return PackedCache(model.config, {layer: ExactLayer() for layer in layers})
+    windows = selftest.attention_layers(model)
+    return PackedCache(model.config, {layer: ExactLayer(windows[layer]) for layer in layers})

@@ -1,8 +1,9 @@
-"""Growing tensors: rows of a batch that get longer, token by token.
+"""Growing tensors: rows of a batch that get longer, token by token, and may be forgotten from either end.
 
-Dimension 0 is the batch, dimension 1 the token. Room grows by an eighth (at least 64 tokens) when it runs out, so
-appending a token costs O(1) on average and at most an eighth of the memory is spare; the first append takes exactly
-what it needs. A grown tensor is never larger than that: `nbytes` is what the process really holds.
+Dimension 0 is the batch, dimension 1 the token. Room grows by an eighth (at least `min_room` tokens) when it runs out,
+so appending a token costs O(1) on average and at most an eighth of the memory is spare; the first append takes exactly
+what it needs. Tokens dropped from the front are spare room too, used again when the room runs out. A grown tensor is
+never larger than that: `nbytes` is what the process really holds.
 """
 
 from __future__ import annotations
@@ -16,42 +17,69 @@ MIN_ROOM = 64
 class Rows:
     """Named tensors `[B, T, ...]` that are appended to, cut and selected together."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_room: int = MIN_ROOM) -> None:
         self.length = 0
+        self.min_room = min_room
+        self._first = 0
         self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch, 0 before the first append."""
+        return next(iter(self._buffers.values())).shape[0] if self._buffers else 0
 
     def append(self, new: dict[str, Tensor]) -> None:
         """Add the same number of tokens `[B, t, ...]` to every tensor."""
-        count = next(iter(new.values())).shape[1]
-        stop = self.length + count
-        for name, tensor in new.items():
-            buffer = self._buffers.get(name)
-            if buffer is None:
-                self._buffers[name] = tensor.contiguous().clone()
-                continue
-            if buffer.shape[1] < stop:
-                room = max(stop, self.length + max(MIN_ROOM, self.length // 8))
-                grown = buffer.new_empty(buffer.shape[0], room, *buffer.shape[2:])
-                grown[:, : self.length] = buffer[:, : self.length]
-                self._buffers[name] = buffer = grown
-            buffer[:, self.length : stop] = tensor
-        self.length = stop
+        places = self.extend({name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in new.items()})
+        for name, place in places.items():
+            place.copy_(new[name])
+
+    def extend(self, new: dict[str, tuple[torch.Size, torch.dtype, torch.device]]) -> dict[str, Tensor]:
+        """Make room for tokens of the given shapes `[B, t, ...]`; returns the places to write them, as views."""
+        count = next(iter(new.values()))[0][1]
+        stop = self._first + self.length + count
+        room = self.length + count
+        if self._buffers and stop > next(iter(self._buffers.values())).shape[1]:
+            room = max(room, self.length + max(self.min_room, self.length // 8))
+            self._buffers = {name: self._moved(buffer, room) for name, buffer in self._buffers.items()}
+            self._first = 0
+        for name, (shape, dtype, device) in new.items():
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(shape[0], room, *shape[2:], dtype=dtype, device=device)
+        self.length += count
+        return self.read(self.length - count, self.length)
+
+    def _moved(self, buffer: Tensor, room: int) -> Tensor:
+        grown = buffer.new_empty(buffer.shape[0], room, *buffer.shape[2:])
+        grown[:, : self.length] = buffer[:, self._first : self._first + self.length]
+        return grown
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """Tokens `start..stop` of every tensor, as views."""
-        return {name: buffer[:, start:stop] for name, buffer in self._buffers.items()}
+        first = self._first
+        return {name: buffer[:, first + start : first + stop] for name, buffer in self._buffers.items()}
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on; give memory back once three quarters of it are spare."""
         self.length = min(self.length, length)
-        for name, buffer in self._buffers.items():
-            if self.length < buffer.shape[1] // 4:
-                self._buffers[name] = buffer[:, : self.length].clone()
+        if self._buffers and self.length < next(iter(self._buffers.values())).shape[1] // 4:
+            self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
+            self._first = 0
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count` tokens; their room is used again once it exceeds the spare room of `append`."""
+        count = min(count, self.length)
+        self._first += count
+        self.length -= count
+        if self._first > max(self.min_room, self.length // 8):
+            self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
+            self._first = 0
 
     def select(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`, in that order, repeated as often as they occur."""
+        # Spare room and all: beam search selects before every append.
         for name, buffer in self._buffers.items():
-            self._buffers[name] = buffer[:, : self.length].index_select(0, indices.to(buffer.device))
+            self._buffers[name] = buffer.index_select(0, indices.to(buffer.device))
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""

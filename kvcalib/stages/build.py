@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from kvcalib import __version__
@@ -19,7 +20,8 @@ from kvcalib.artifact.manifest import (
     RuntimeDefaults,
     TensorSpec,
 )
-from kvcalib.calibration.statistics import Calibration, CalibrationInfo
+from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pairs
+from kvcalib.quant.packing import GROUP
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, predicted_total
@@ -53,10 +55,12 @@ def run(
     layers = []
     for layer in codebooks.layers:
         specs = {}
+        shape = next(s for s in calibration.info.layers if s.index == layer)
+        pairs: dict[Role, Tensor | None] = {"key": torch.tensor(rope_pairs(shape.partner)), "value": None}
         chosen = {role: (widths or {}).get((layer, role), bits[role]) for role in ROLES}
         for role in ROLES:
             quantizer = codebooks.quantizer(layer, role, chosen[role])
-            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, chosen[role]))
+            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, chosen[role]), pairs[role])
             tensors.update(quantizer_tensors(quantizer, f"layers.{layer}.{role}"))
         key_error, value_error = (layer_error(codebooks, calibration, layer, role, chosen[role]) for role in ROLES)
         layers.append(
@@ -65,6 +69,7 @@ def run(
                 key=specs["key"],
                 value=specs["value"],
                 friendliness=Friendliness(key_error=key_error, value_error=value_error),
+                sliding=shape.sliding,
             )
         )
     manifest = Manifest(
@@ -91,13 +96,14 @@ def quantizer_tensors(quantizer: Quantizer, prefix: str) -> dict[str, Tensor]:
     }
 
 
-def _spec(quantizer: Quantizer, loss: float) -> TensorSpec:
+def _spec(quantizer: Quantizer, loss: float, pairs: Tensor | None) -> TensorSpec:
     heads, head_dim = quantizer.layout.widths.shape
     return TensorSpec(
         kv_heads=heads,
         head_dim=head_dim,
         words=quantizer.layout.words,
         segment=quantizer.layout.segment,
+        group=GROUP if quantizer.layout.groups(pairs) else 0,
         scope=quantizer.scope,
         outliers=quantizer.outliers,
         mean_bits=quantizer.layout.bits / (heads * head_dim),

@@ -13,7 +13,7 @@ from kvcalib.evaluation.perplexity import Evaluation, evaluate
 from kvcalib.files import write_json
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
-from kvcalib.runtime.loader import Artifact, load
+from kvcalib.runtime.loader import Artifact, Prefill, load
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note, progress
 
@@ -29,6 +29,7 @@ class EvalSettings(BaseModel):
     skip: int = Field(default=0, ge=0, description="Sequences of a file or Hub data set left out at its start.")
     sinks: int | None = Field(default=None, ge=0)
     recent: int | None = Field(default=None, ge=0)
+    prefill: Prefill = Field(default="quantized", description="See `runtime.loader.attach`.")
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
@@ -59,7 +60,9 @@ def run(
     check_vocabulary(model, sequences, settings.data)
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     with progress("eval", len(sequences), "sequences") as show:
-        results = evaluate(model, loaded, sequences, settings.sinks, settings.recent, batch_size, show)
+        results = evaluate(
+            model, loaded, sequences, settings.sinks, settings.recent, batch_size, show, settings.prefill
+        )
     if json_path is not None:
         rows = [r.model_dump(mode="json") for r in results]
         write_json(json_path, rows[0] if len(rows) == 1 else rows)

@@ -10,7 +10,7 @@ import hashlib
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +19,7 @@ from kvcalib.calibration.statistics import VERSION, Calibration
 from kvcalib.errors import CorruptFile, InputError, UnsupportedModel
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_model, load_tokenizer
-from kvcalib.model.selftest import full_attention_layers
+from kvcalib.model.selftest import attention_layers
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, PARTIAL, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
@@ -44,6 +44,9 @@ class FisherSettings(BaseModel):
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     revision: str | None = None
     trust_remote_code: bool = False
+    sliding: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="Whether layers with a sliding window count; auto: if no layer attends in full."
+    )
 
 
 def run(
@@ -69,7 +72,7 @@ def run(
     identity = identify(model)
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     recorded = {
-        **settings.model_dump(include={"data", "seq_len", "keep_tokens", "window", "seed"}),
+        **settings.model_dump(include={"data", "seq_len", "keep_tokens", "window", "seed", "sliding"}),
         "samples": len(sequences),
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -86,7 +89,7 @@ def run(
             return Calibration.load(run_dir.file(CALIBRATION))[0]
         if not overwrite:
             run_dir.refuse_other("fisher", recorded)
-        layers = choose_layers(model)
+        layers = choose_layers(model, settings.sliding)
         rotations = prove(model, layers)
         pass_settings = PassSettings(
             settings.data, settings.seed, settings.keep_tokens, settings.window, batch_size, fingerprint(recorded)
@@ -107,20 +110,21 @@ def run(
     return calibration
 
 
-def choose_layers(model: Any) -> list[int]:
-    """Layers that can be quantized: those that attend in full.
+def choose_layers(model: Any, sliding: str = "auto") -> list[int]:
+    """Layers that can be quantized: those that attend in full and, if `sliding` says so, those with a window.
 
     Raises:
-        UnsupportedModel: there is none (all sliding or linear); says so loudly.
+        UnsupportedModel: there is none; says so loudly.
     """
-    layers = full_attention_layers(model)
+    found = attention_layers(model)
+    full = [index for index, window in found.items() if window is None]
+    layers = sorted(found) if sliding == "yes" or (sliding == "auto" and not full) else full
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     family = model.config.get_text_config(decoder=True).model_type
     if not layers:
+        hint = "use --sliding yes to quantize inside the windows" if found else "all are linear, chunked or shared"
         raise UnsupportedModel(
-            f"model_type {family!r}: none of its {total} layers attends in full (all sliding, chunked or linear), so "
-            "NOTHING would be quantized; a model with a sliding window in its config can be loaded without one "
-            "(config.sliding_window=None) where its context allows"
+            f"model_type {family!r}: none of its {total} layers attends in full, so NOTHING would be quantized; {hint}"
         )
     if len(layers) < total:
         note(f"[yellow]note[/]: {total - len(layers)} of {total} layers slide or are linear and keep their stock cache")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kvcalib.artifact.manifest import FitSettings
-from kvcalib.calibration.statistics import Calibration
+from kvcalib.calibration.statistics import Calibration, rope_pairs
 from kvcalib.errors import InputError, NonFiniteActivations
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.quant.codebook import Format
@@ -36,7 +36,7 @@ from kvcalib.quant.quantizer import Quantizer, Scope
 from kvcalib.rundir import CALIBRATION, CODEBOOKS, RunDir, fingerprint
 from kvcalib.stages.progress import note, progress
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 Role = Literal["key", "value"]
 ROLES: tuple[Role, ...] = ("key", "value")
 
@@ -105,7 +105,7 @@ class Codebooks:
         return sorted({int(name.split(".")[1]) for name in self.tensors})
 
     def get(self, layer: int, role: Role, name: str) -> Tensor:
-        """`ladder`, `weight` or `loss` of one layer's keys or values."""
+        """`ladder`, `weight` or `loss` of one layer's keys or values, `order` of its keys."""
         return self.tensors[f"layers.{layer}.{role}.{name}"]
 
     def widths(self, layer: int, role: Role, bits: int | Tensor) -> Tensor:
@@ -121,6 +121,7 @@ class Codebooks:
             self.settings.scope(role),
             self.settings.outliers,
             self.get(layer, role, "weight"),
+            self.get(layer, role, "order") if role == "key" else None,
         )
 
 
@@ -195,6 +196,8 @@ def fit_layer(calibration: Calibration, layer: int, settings: FitNuqSettings) ->
             ladder = fit_keys(wide, weight, settings.granularity, settings.scope(role), options)
         else:
             ladder = fit_values(wide, weight, settings.value_granularity, settings.scope(role), options)
+        if role == "key":
+            fitted[f"layers.{layer}.key.order"] = channel_order(calibration, layer)
         mean = (data[f"{role}.fisher_sum"] / calibration.info.tokens).float()
         fitted[f"layers.{layer}.{role}.ladder"] = ladder.float()
         fitted[f"layers.{layer}.{role}.weight"] = mean
@@ -210,6 +213,12 @@ def fit_layer(calibration: Calibration, layer: int, settings: FitNuqSettings) ->
             ]
         )
     return fitted
+
+
+def channel_order(calibration: Calibration, layer: int) -> Tensor:
+    """`[D]` int64: the channels of a key with the two of each RoPE pair side by side, as kernels want them."""
+    partner = next(shape.partner for shape in calibration.info.layers if shape.index == layer)
+    return torch.tensor(rope_pairs(partner)).flatten()
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

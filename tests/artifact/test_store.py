@@ -181,10 +181,10 @@ def test_appended_byte_is_found(artifact, name):
         store.read(artifact)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
+@pytest.mark.parametrize("version", [1, 3, 0, "2", None, 2.5])
 def test_unknown_version_is_named(artifact, version):
     rewrite(artifact, lambda body: body.update(format_version=version))
-    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 1"):
+    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 2"):
         store.read(artifact)
 
 

@@ -1,48 +1,144 @@
-"""A plain float simulation of the quantizer and of attention, written from the artifact's specification.
+"""A plain float simulation of the quantizer, of the cache and of attention, written from the artifact's specification.
 
-It shares nothing with the packed path: no packing, no storage, no chunks, no taps on the cache. Loops over heads and
-channels, nearest centroid by absolute difference.
+It shares nothing with the packed path: no packing, no storage, no chunks. Codes are the nearest centroid by absolute
+difference. The cache is transformers' own, layer for layer: its cat, crop, reorder, select and sliding window; only
+what goes into it is quantized.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from transformers import DynamicCache
+
+from kvcalib.model.taps import Taps
+from kvcalib.runtime.loader import prove
 
 
 def simulate(x, quantizer, exact=torch.float16):
     """`x [n, H, D]` quantized and dequantized."""
-    n, heads, head_dim = x.shape
+    x = x.float()
+    n, heads, _ = x.shape
     groups = heads if quantizer.scope == "head" else 1
-    out = torch.empty(n, heads, head_dim)
-    zero = torch.zeros(n, heads, head_dim)
-    scale = torch.ones(n, heads, head_dim)
-    keep = torch.zeros(n, heads, head_dim, dtype=torch.bool)
+    grouped = x.reshape(n, groups, -1)
+    zero, scale = torch.zeros(n, groups, 1), torch.ones(n, groups, 1)
+    keep = torch.zeros(grouped.shape, dtype=torch.bool)
     count = quantizer.outliers
     if quantizer.relative:
-        for t in range(n):
-            for g in range(groups):
-                part = x[t, g] if groups > 1 else x[t].reshape(-1)
-                order = part.sort(stable=True)
-                size = len(part) - count
-                spans = [float(order.values[i + size - 1] - order.values[i]) for i in range(count + 1)]
-                first = spans.index(min(spans))
-                low, high = order.values[first], order.values[first + size - 1]
-                mask = torch.ones(len(part), dtype=torch.bool)
-                mask[order.indices[first : first + size]] = False
-                z, s = ((low + high) / 2).to(exact).float(), ((high - low) / 2).to(exact).float()
-                if groups > 1:
-                    zero[t, g], scale[t, g], keep[t, g] = z, s, mask
-                else:
-                    zero[t], scale[t], keep[t] = z, s, mask.view(heads, head_dim)
-    safe = torch.where(scale > 0, scale, 1.0)
-    normal = (x - zero) / safe
-    for h in range(heads):
-        for d in range(head_dim):
-            levels = quantizer.codebook.centroids[h, d, : 1 << int(quantizer.layout.widths[h, d])]
-            nearest = (normal[:, h, d, None] - levels).abs().argmin(-1)
-            out[:, h, d] = zero[:, h, d] + scale[:, h, d] * levels[nearest]
+        ordered, order = grouped.sort(dim=-1, stable=True)
+        size = grouped.shape[-1] - count
+        spans = torch.stack([ordered[..., i + size - 1] - ordered[..., i] for i in range(count + 1)], -1)
+        first = spans.argmin(-1, keepdim=True)
+        low, high = ordered.gather(-1, first), ordered.gather(-1, first + size - 1)
+        place = torch.arange(grouped.shape[-1])
+        keep.scatter_(-1, order, (place < first) | (place >= first + size))
+        zero, scale = ((low + high) / 2).to(exact).float(), ((high - low) / 2).to(exact).float()
+    normal = ((grouped - zero) / torch.where(scale > 0, scale, 1.0)).view(x.shape)
+    levels = quantizer.codebook.centroids
+    unused = torch.arange(levels.shape[-1]) >= (1 << quantizer.layout.widths.long())[..., None]
+    distance = (normal[..., None] - levels).abs().masked_fill(unused, torch.inf)
+    nearest = levels.expand(n, -1, -1, -1).gather(-1, distance.argmin(-1, keepdim=True))[..., 0]
+    out = zero + scale * nearest.reshape(grouped.shape)
     if not quantizer.relative and count:
-        saved = ((out - x) ** 2 * quantizer.weight).reshape(n, groups, -1)
-        index = saved.argsort(-1, descending=True)[..., :count]
-        keep = torch.zeros(saved.shape, dtype=torch.bool).scatter_(-1, index, True).view(n, heads, head_dim)
-    return torch.where(keep, x.to(exact).float(), out)
+        saved = ((out.view(x.shape) - x) ** 2 * quantizer.weight).reshape(grouped.shape)
+        keep.scatter_(-1, saved.argsort(-1, descending=True)[..., :count], True)
+    return torch.where(keep, grouped.to(exact).float(), out).view(x.shape)
+
+
+class SimulatedCache(DynamicCache):
+    """Stock layers; those of `quantizers` hold each token three times over: quantized, exact, and what is known of it.
+
+    The first `sinks` real tokens of a row are read exactly, and any token until `recent` others have come after it.
+    """
+
+    def __init__(self, config, quantizers, sinks=0, recent=0):
+        super().__init__(config=config)
+        self.quantizers, self.sinks, self.recent = quantizers, sinks, recent
+        self.known, self.shown = {}, {}
+
+    def note(self, layer, positions, mask):
+        """Positions `[B, t]` of the tokens that come next, and the mask of their attention."""
+        count = positions.shape[1]
+        real = torch.ones(positions.shape)
+        if mask is not None:
+            last = mask[:, 0, -1, -count:]
+            real = (last if last.dtype == torch.bool else last == 0).float()
+        self.known[layer] = positions, real
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx not in self.quantizers:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        batch, heads, count, _ = key_states.shape
+        exact = torch.bfloat16 if key_states.dtype == torch.bfloat16 else torch.float16
+
+        def quantized(x, quantizer):
+            rows = x.transpose(1, 2).reshape(batch * count, heads, -1)
+            return simulate(rows, quantizer, exact).view(batch, count, heads, -1).transpose(1, 2)
+
+        pair = self.quantizers[layer_idx]
+        marks = torch.stack([t.float().expand(batch, -1) for t in self.known.pop(layer_idx)], -1)
+        marks = torch.cat([marks, torch.zeros(batch, count, 1)], -1)[:, None].expand(-1, heads, -1, -1)
+        keys, values = super().update(
+            torch.cat([quantized(key_states, pair["key"]), key_states], -1),
+            torch.cat([quantized(value_states, pair["value"]), value_states, marks], -1),
+            layer_idx,
+        )
+        # In place, in the layer itself: a token that once left the recent window stays quantized.
+        values[:, :, : max(0, values.shape[2] - self.recent), -1] = 1
+        self.shown[layer_idx] = keys, values
+        return key_states, value_states
+
+    def read(self, layer):
+        """Keys and values `[B, H, T, D]` as attention sees them, and their positions `[B, T]`."""
+        keys, values = self.shown[layer]
+        marks, dim = values[:, :, :, -3:], keys.shape[-1] // 2
+        positions, real, left = marks.unbind(-1)
+        sinks = 0 if self.is_sliding[layer] else self.sinks
+        stored = (left.bool() & ~((real > 0) & (real.cumsum(2) <= sinks)))[..., None]
+        values = values[..., :-3]
+        size = values.shape[-1] // 2
+        key = torch.where(stored, keys[..., :dim], keys[..., dim:])
+        return key, torch.where(stored, values[..., :size], values[..., size:]), positions[:, 0].long()
+
+
+class Reading:
+    """Handler that reads a `SimulatedCache`, in one go, with the model's own attention in float32."""
+
+    def __init__(self, exact_prefill=False):
+        self.exact_prefill = exact_prefill
+
+    def before(self, tap):
+        tap.cache.note(tap.layer, tap.rotary.position_ids, tap.mask)
+
+    def attend(self, call):
+        key, value, positions = call.tap.cache.read(call.tap.layer)
+        new = call.query.shape[2]
+        if self.exact_prefill and new > 1:
+            key = torch.cat([key[:, :, :-new], call.key], 2)
+            value = torch.cat([value[:, :, :-new], call.value], 2)
+        key = call.rotate_at(key.to(call.query.dtype), positions).float()
+        out, weights = call.plain(call.rotate_new(call.query).float(), key, value.float())
+        return out.to(call.query.dtype), weights
+
+
+@contextlib.contextmanager
+def simulated(model, artifact, rotations=None, sinks=0, recent=0, exact_prefill=False):
+    """`model` generates on simulated caches; gives the function that makes one."""
+    rotations = rotations or prove(model, list(artifact.quantizers))
+
+    def make():
+        return SimulatedCache(model.config, artifact.quantizers, sinks, recent)
+
+    def prepare(config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = make()
+            if config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    with Taps(model, Reading(exact_prefill), rotations):
+        model._prepare_cache_for_generation = prepare
+        try:
+            yield make
+        finally:
+            del model._prepare_cache_for_generation

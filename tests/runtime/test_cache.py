@@ -7,7 +7,8 @@ import torch
 import kvcalib
 from kvcalib.model.taps import Taps
 from kvcalib.runtime.attention import chunked_attention
-from kvcalib.runtime.cache import PackedCache, PackedLayer
+from kvcalib.runtime.cache import PackedCache
+from kvcalib.runtime.layers import PackedLayer, chunks
 from kvcalib.runtime.loader import prove
 from tests.runtime.simulated import simulate
 from tests.tiny import make_artifact, make_run, tiny_llama, tokens
@@ -192,7 +193,8 @@ def test_sinks_and_recent_tokens_are_exact_per_row(model, tmp_path, steps):
     run(model, ids, mask, positions, steps, plain)
     kvcalib.detach(model)
     exact = torch.cat(seen["key"], 2)
-    keys = torch.cat([k for _, k, _ in layer.chunks(16)], 2)
+    view = layer.view(layer.seen, torch.zeros(1, layer.seen, dtype=torch.int32))
+    keys = torch.cat([k for _, k, _ in chunks(view, 16)], 2)
     assert keys.shape == exact.shape
     for row in range(3):
         first = 3 * row
@@ -331,7 +333,7 @@ def test_memory_of_the_process_agrees(tmp_path):
         for step in range(steps):
             x = torch.randn(4, 4, size, 64, generator=torch.Generator().manual_seed(step))
             for layer in range(4):
-                cache.update(x, x, layer)
+                cache.layers[layer].update(x, x)
 
     fill(artifact.new_cache(model), 2, 512)
     gc.collect()
@@ -345,6 +347,34 @@ def test_memory_of_the_process_agrees(tmp_path):
     assert cache.get_seq_length() == 8192
     assert cache.nbytes() > 30e6
     assert grown == pytest.approx(cache.nbytes(), rel=0.15)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_step_allocates_less_than_an_eighth_of_a_copy(tmp_path, bits):
+    """What one decode step holds at most, through torch and numpy, against the cache in float32."""
+    import tracemalloc
+
+    from torch.profiler import ProfilerActivity, profile
+
+    model = tiny_llama(num_key_value_heads=2, head_dim=64)
+    artifact = make_artifact(tmp_path, model, key_bits=bits, value_bits=bits)
+    kvcalib.attach(model, artifact)
+    cache, ids = artifact.new_cache(model), tokens(1, 2048)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        tracemalloc.start()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            model(ids[:, :1], past_key_values=cache)
+        compiled = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    kvcalib.detach(model)
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak + compiled < 2 * 2 * 2048 * 2 * 64 * 4 / 8
 
 
 def _trim():

@@ -1,0 +1,1 @@
+"""Fused Triton kernels over a packed layer; this package and `view`, `support` import without triton."""

@@ -1,0 +1,261 @@
+"""Quantize, rank outliers, pack and store new tokens of keys and values: one Triton launch.
+
+A program takes one token of K or of V. First it sees the token group by group (a group is a head, or the whole token):
+keys get their codes and errors, and the largest weighted errors are the outliers; values get the shortest window that
+holds all but n elements, from the n + 1 smallest and n + 1 largest. Then it fills the row word by word: the fields of a
+word, wherever their channels are, are quantized again and shifted into place, so any layout packs alike.
+
+The result is that of `Quantizer.encode`, bit for bit: same midpoints, same rounding of zero and scale, IEEE division.
+Among equal errors of keys the lower index is the outlier, where `torch.topk` leaves the choice open.
+"""
+
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcalib.quant.quantizer import Quantizer
+from kvcalib.runtime.kernels.decode import narrow
+from kvcalib.runtime.kernels.launch import Launch, strides
+from kvcalib.runtime.kernels.tables import encode_tables
+
+LOWEST = tl.constexpr(-(2**63))
+HIGHEST = tl.constexpr(2**63 - 1)
+WORDS_AT_ONCE = 16
+
+
+@triton.jit
+def _code(x, element, middle, live, BITS: tl.constexpr, LEVELS: tl.constexpr):
+    """Midpoints below `x`, by binary search in the element's `LEVELS` of them (the last is +inf)."""
+    code = tl.zeros_like(element)
+    for step in tl.static_range(BITS):
+        below = tl.load(middle + element * LEVELS + code + (LEVELS >> (step + 1)) - 1, mask=live, other=0.0)
+        code += tl.where(below < x, LEVELS >> (step + 1), 0)
+    return code
+
+
+@triton.jit
+def _ranked(x, low):
+    """int64 in the order of float32 `x`, then of `low` (0 .. 2**32 - 1)."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.to(tl.int64) << 32) | low.to(tl.int64)
+
+
+@triton.jit
+def _unranked(rank):
+    """The float32 of a rank."""
+    ordered = (rank >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_outliers(index, value, x, chosen, number, group, COUNT: tl.constexpr, LIMIT: tl.constexpr):
+    """Write the chosen elements of every group, ascending: where an element goes is how many are chosen before it."""
+    place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+    to = group * COUNT + place
+    tl.store(index + to, number.to(index.dtype.element_ty), mask=chosen)
+    tl.store(value + to, narrow(tl.clamp(x, -LIMIT, LIMIT), value.dtype.element_ty), mask=chosen)
+
+
+@triton.jit
+def _pack(
+    x_row, x_sh, words, zeros, scales, middle, fields, RELATIVE: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Write the row's words: quantize the channel of every field of a word and put the fields together."""
+    for start in range(0, WORDS, AT_ONCE):
+        word = start + tl.arange(0, AT_ONCE)
+        inside = word < WORDS
+        entry = fields + (word[:, None] * 32 + tl.arange(0, 32)[None, :]) * 4
+        element = tl.load(entry, mask=inside[:, None], other=-1)
+        live = element >= 0
+        element = tl.where(live, element, 0)
+        x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
+        if RELATIVE:
+            zero = tl.load(zeros + element // SIZE).to(tl.float32)
+            scale = tl.load(scales + element // SIZE).to(tl.float32)
+            x = tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0))
+        code = _code(x, element, middle, live, BITS, LEVELS)
+        position = tl.load(entry + 1, mask=live, other=0)
+        size = tl.load(entry + 2, mask=live, other=0)
+        shift = tl.load(entry + 3, mask=live, other=0)
+        # Fields share no bits, so their sum is their union.
+        tl.store(words + word, tl.sum(((code >> position) & size) << shift, 1), mask=inside)
+
+
+@triton.jit
+def _encode_keys(
+    x_row, x_sh, words, index, value, middle, book, weight, fields,
+    DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
+    WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    if OUTLIERS > 0:
+        group = tl.arange(0, GROUPS_PADDED)[:, None]
+        number = tl.arange(0, SIZE_PADDED)[None, :]
+        live = (group < GROUPS) & (number < SIZE)
+        element = tl.where(live, group * SIZE + number, 0)
+        x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
+        code = _code(x, element, middle, live, BITS, LEVELS)
+        gap = x - tl.load(book + element * LEVELS + code)
+        error = gap * gap * tl.load(weight + element)
+        # Of equal errors the lower index ranks higher.
+        rank = tl.where(live, _ranked(error, 0x7FFFFFFF - number), LOWEST + 1)
+        for _ in range(OUTLIERS):
+            top = tl.max(rank, 1)
+            rank = tl.where(rank == top[:, None], LOWEST, rank)
+        _store_outliers(index, value, x, live & (rank == LOWEST), number, group, OUTLIERS, LIMIT)
+    _pack(x_row, x_sh, words, book, book, middle, fields, False, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
+
+
+@triton.jit
+def _encode_values(
+    x_row, x_sh, words, index, value, zeros, scales, middle, fields,
+    DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
+    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    group = tl.arange(0, GROUPS_PADDED)[:, None]
+    number = tl.arange(0, SIZE_PADDED)[None, :]
+    live = (group < GROUPS) & (number < SIZE)
+    element = tl.where(live, group * SIZE + number, 0)
+    x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
+    rank = _ranked(x, number)
+    rising = tl.where(live, rank, HIGHEST)
+    falling = tl.where(live, rank, LOWEST)
+    # Element number w of the sorted group, and the upper end of the window that starts there.
+    window = tl.arange(0, WINDOWS)[None, :]
+    lower = tl.zeros([GROUPS_PADDED, WINDOWS], tl.float32)
+    upper = tl.full([GROUPS_PADDED, WINDOWS], float("inf"), tl.float32)
+    from_below = tl.full([GROUPS_PADDED, SIZE_PADDED], SIZE_PADDED, tl.int32)
+    from_above = tl.full([GROUPS_PADDED, SIZE_PADDED], SIZE_PADDED, tl.int32)
+    for j in range(OUTLIERS + 1):
+        least = tl.min(rising, 1)[:, None]
+        lower = tl.where(window == j, _unranked(least), lower)
+        from_below = tl.where(rising == least, j, from_below)
+        rising = tl.where(rising == least, HIGHEST, rising)
+        most = tl.max(falling, 1)[:, None]
+        upper = tl.where(window == OUTLIERS - j, _unranked(most), upper)
+        from_above = tl.where(falling == most, j, from_above)
+        falling = tl.where(falling == most, LOWEST, falling)
+    start = tl.argmin(upper - lower, 1)[:, None]
+    low = tl.sum(tl.where(window == start, lower, 0.0), 1)[:, None]
+    high = tl.sum(tl.where(window == start, upper, 0.0), 1)[:, None]
+    kind: tl.constexpr = zeros.dtype.element_ty
+    there = group < GROUPS
+    tl.store(zeros + group, narrow(tl.clamp((low + high) * 0.5, -LIMIT, LIMIT), kind), mask=there)
+    tl.store(scales + group, narrow(tl.clamp((high - low) * 0.5, -LIMIT, LIMIT), kind), mask=there)
+    if OUTLIERS > 0:
+        chosen = live & ((from_below < start) | (from_above < OUTLIERS - start))
+        _store_outliers(index, value, x, chosen, number, group, OUTLIERS, LIMIT)
+    # Other threads of this program read zero and scale back.
+    tl.debug_barrier()
+    _pack(x_row, x_sh, words, zeros, scales, middle, fields, True, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
+
+
+@triton.jit(do_not_specialize=["tokens", "x_ksb", "x_kst", "x_vsb", "x_vst"])
+def encode_kernel(
+    key, x_ksb, x_kst, x_ksh, value, x_vsb, x_vst, x_vsh, tokens,
+    k_words, kw_sb, kw_st, k_index, ki_sb, ki_st, k_exact, kx_sb, kx_st,
+    v_words, vw_sb, vw_st, v_index, vi_sb, vi_st, v_exact, vx_sb, vx_st, v_zero, vz_sb, vz_st, v_scale, vs_sb, vs_st,
+    k_middle, k_book, k_weight, k_fields, v_middle, v_fields, LIMIT: tl.constexpr, AT_ONCE: tl.constexpr,
+    K_DIM: tl.constexpr, K_GROUPS: tl.constexpr, K_SIZE: tl.constexpr, K_GROUPS_PADDED: tl.constexpr,
+    K_SIZE_PADDED: tl.constexpr, K_BITS: tl.constexpr, K_LEVELS: tl.constexpr, K_OUTLIERS: tl.constexpr,
+    K_WORDS: tl.constexpr,
+    V_DIM: tl.constexpr, V_GROUPS: tl.constexpr, V_SIZE: tl.constexpr, V_GROUPS_PADDED: tl.constexpr,
+    V_SIZE_PADDED: tl.constexpr, V_BITS: tl.constexpr, V_LEVELS: tl.constexpr, V_OUTLIERS: tl.constexpr,
+    V_WORDS: tl.constexpr, WINDOWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch * tokens, 2), the second axis K or V."""
+    batch = (tl.program_id(0) // tokens).to(tl.int64)
+    t = (tl.program_id(0) % tokens).to(tl.int64)
+    if tl.program_id(1) == 0:
+        _encode_keys(
+            key + batch * x_ksb + t * x_kst, x_ksh, k_words + batch * kw_sb + t * kw_st,
+            k_index + batch * ki_sb + t * ki_st, k_exact + batch * kx_sb + t * kx_st,
+            k_middle, k_book, k_weight, k_fields,
+            K_DIM, K_GROUPS, K_SIZE, K_GROUPS_PADDED, K_SIZE_PADDED, K_BITS, K_LEVELS, K_OUTLIERS, LIMIT,
+            K_WORDS, AT_ONCE,
+        )  # fmt: skip
+    else:
+        _encode_values(
+            value + batch * x_vsb + t * x_vst, x_vsh, v_words + batch * vw_sb + t * vw_st,
+            v_index + batch * vi_sb + t * vi_st, v_exact + batch * vx_sb + t * vx_st,
+            v_zero + batch * vz_sb + t * vz_st, v_scale + batch * vs_sb + t * vs_st, v_middle, v_fields,
+            V_DIM, V_GROUPS, V_SIZE, V_GROUPS_PADDED, V_SIZE_PADDED, V_BITS, V_LEVELS, V_OUTLIERS, LIMIT,
+            V_WORDS, AT_ONCE, WINDOWS,
+        )  # fmt: skip
+
+
+def packed_encode(
+    key: Tensor, value: Tensor, key_quantizer: Quantizer, value_quantizer: Quantizer, rows: dict[str, Tensor]
+) -> None:
+    """Quantize `key, value [B, t, H, D]` (keys un-rotated) into `rows`, tensor by tensor as `Quantizer.encode` would.
+
+    Args:
+        key, value: new tokens, any float type; the channels dense, other strides free.
+        key_quantizer, value_quantizer: of the layer.
+        rows: where they go, as in `PackedView.rows` but of the new tokens only: `key.words [B, t, W]` and so on, views
+            into the cache's buffers. Their type (float16 or bfloat16) is the type of exact elements, zero and scale.
+    """
+    encode_launch(key, value, key_quantizer, value_quantizer, rows).run()
+
+
+def encode_launch(
+    key: Tensor, value: Tensor, key_quantizer: Quantizer, value_quantizer: Quantizer, rows: dict[str, Tensor]
+) -> Launch:
+    """The launch that fills `rows`; arguments as `packed_encode`."""
+    key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value.stride(-1) == 1 else value.contiguous()
+    batch, tokens = key.shape[:2]
+    exact = rows["value.zero"]
+    k_tables, v_tables = (encode_tables(q, key.device) for q in (key_quantizer, value_quantizer))
+    args = {
+        "key": key, **strides("x", key, ("ksb", 0), ("kst", 1), ("ksh", 2)),
+        "value": value, **strides("x", value, ("vsb", 0), ("vst", 1), ("vsh", 2)), "tokens": tokens,
+        **_targets(rows, "key", "k", exact), **_targets(rows, "value", "v", exact),
+        "v_zero": exact, **strides("vz", exact, ("sb", 0), ("st", 1)),
+        "v_scale": rows["value.scale"], **strides("vs", rows["value.scale"], ("sb", 0), ("st", 1)),
+        "k_middle": k_tables.middle, "k_book": k_tables.centroids, "k_weight": k_tables.weight,
+        "k_fields": k_tables.fields, "v_middle": v_tables.middle, "v_fields": v_tables.fields,
+    }  # fmt: skip
+    constants = {
+        "LIMIT": torch.finfo(exact.dtype).max, "AT_ONCE": WORDS_AT_ONCE,
+        **_shape(key_quantizer, "K"), **_shape(value_quantizer, "V"),
+        "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1),
+    }  # fmt: skip
+    return Launch(encode_kernel, (batch * tokens, 2), args, constants, warps=4)
+
+
+def _targets(rows: dict[str, Tensor], name: str, short: str, absent: Tensor) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    for what, part, letter in (
+        ("words", "words", "w"),
+        ("outlier_index", "index", "i"),
+        ("outlier_value", "exact", "x"),
+    ):
+        tensor = rows.get(f"{name}.{what}")
+        args[f"{short}_{part}"] = absent if tensor is None else tensor
+        args.update(strides(f"{short}{letter}", tensor, ("sb", 0), ("st", 1)))
+    return args
+
+
+def _shape(quantizer: Quantizer, short: str) -> dict[str, int]:
+    heads, dim = quantizer.layout.widths.shape
+    size = heads * dim // quantizer.groups
+    levels = quantizer.codebook.centroids.shape[-1]
+    return {
+        f"{short}_DIM": dim, f"{short}_GROUPS": quantizer.groups, f"{short}_SIZE": size,
+        f"{short}_GROUPS_PADDED": triton.next_power_of_2(quantizer.groups),
+        f"{short}_SIZE_PADDED": triton.next_power_of_2(size),
+        f"{short}_BITS": levels.bit_length() - 1, f"{short}_LEVELS": levels,
+        f"{short}_OUTLIERS": quantizer.outliers, f"{short}_WORDS": quantizer.layout.words,
+    }  # fmt: skip

@@ -1,0 +1,85 @@
+"""The encode kernel writes what `Quantizer.encode` gives, bit for bit."""
+
+import pytest
+import torch
+
+from tests.runtime.kernels.layers import Case, make_angles, make_quantizer, order_of
+
+CASES = [
+    *[Case(key_bits=w, value_bits=w) for w in range(9)],
+    Case(key_bits="mixed", value_bits="mixed", dim=128, heads=3),
+    Case(key_bits="free", value_bits="free", dim=80, heads=3, segment="row"),
+    Case(key_bits="mixed", value_bits="free", scope="token", outliers=7, heads=3, dim=96),
+    Case(outliers=0, heads=1),
+    Case(outliers=0, scope="token", dtype=torch.bfloat16),
+    Case(outliers=1, scope="token", dtype=torch.bfloat16),
+    Case(outliers=31, dim=32, heads=2),
+    Case(outliers=63, dim=32, heads=2, scope="token", dtype=torch.float16),
+    Case(dim=256, heads=2, scope="token", outliers=6),
+]
+
+
+def quantizers(case):
+    order = order_of(make_angles(case.dim), case.heads)
+    plain = torch.arange(case.dim).expand(case.heads, -1)
+    key = make_quantizer(False, case.key_bits, case.heads, case.dim, case.outliers, case.scope, order, 1, case.segment)
+    return key, make_quantizer(
+        True, case.value_bits, case.heads, case.dim, case.outliers, case.scope, plain, 2, case.segment
+    )
+
+
+def buffers(pair, exact, batch, tokens, device):
+    """Rows with room before and after the new tokens, filled with junk."""
+    room, rows = {}, {}
+    for name, quantizer in zip(("key", "value"), pair, strict=True):
+        for what, (shape, dtype) in quantizer.row_spec(exact).items():
+            full = torch.full((batch, tokens + 5, *shape), 77, dtype=dtype, device=device)
+            room[f"{name}.{what}"] = full
+            rows[f"{name}.{what}"] = full[:, 2 : 2 + tokens]
+    return room, rows
+
+
+def encode(case, key, value, device):
+    from kvcalib.runtime.kernels.encode import packed_encode
+
+    pair = quantizers(case)
+    exact = torch.bfloat16 if case.dtype == torch.bfloat16 else torch.float16
+    room, rows = buffers(pair, exact, *key.shape[:2], device)
+    packed_encode(key.to(device), value.to(device), *pair, rows)
+    for full in room.values():
+        assert (full[:, :2] == 77).all()
+        assert (full[:, 2 + key.shape[1] :] == 77).all()
+    expected = {}
+    for name, quantizer, x in (("key", pair[0], key), ("value", pair[1], value)):
+        for what, tensor in quantizer.encode(x.flatten(0, 1), exact).items():
+            expected[f"{name}.{what}"] = tensor.reshape(*key.shape[:2], *tensor.shape[1:])
+    return {n: t.cpu() for n, t in rows.items()}, expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_are_those_of_the_quantizer(case, device):
+    generator = torch.Generator().manual_seed(0)
+    # As the cache gets them: [B, H, t, D] seen as [B, t, H, D].
+    key, value = (
+        torch.randn(2, case.heads, 3, case.dim, generator=generator).to(case.dtype).transpose(1, 2) for _ in range(2)
+    )
+    found, expected = encode(case, key, value, device)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_constant_and_huge_tokens(device):
+    """No spread (scale 0), elements beyond the range of float16, and many equal values."""
+    case = Case(key_bits=4, value_bits=4, outliers=2)
+    key = torch.zeros(1, 4, 2, 64)
+    value = torch.zeros(1, 4, 2, 64)
+    value[0, 1] = 0.25
+    value[0, 2, :, 7] = 1e6
+    value[0, 2, :, 9] = -1e6
+    value[0, 3] = torch.randint(-2, 3, (2, 64), generator=torch.Generator().manual_seed(0)).float()
+    key[0, 2, :, 5] = 1e6
+    key[0, 3] = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    found, expected = encode(case, key, value, device)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
