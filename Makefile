@@ -40,10 +40,11 @@ unexport NUMBA_CACHE_DIR PYTHONPYCACHEPREFIX
 opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
-.PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher clean
+.PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
+	bench-decode-gpu bench-kernels allocate clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "variables: MODEL (folder or Hub id) DATA BITS SAMPLES SEQ_LEN OUT (artifact) RUN (run folder)"
 	@echo "           ARGS (any further options of the kvcalib command) PYTHON WORKERS"
@@ -76,6 +77,9 @@ fit-nuq: need-RUN $(RUNTIME)  ## codebooks: RUN= [BITS=]
 friendliness: need-RUN $(RUNTIME)  ## error of each layer's tokens: RUN=
 	$(BIN)/kvcalib friendliness "$(RUN)" $(ARGS)
 
+allocate: need-RUN $(RUNTIME)  ## widths within a budget of effective bits: RUN= BUDGET=
+	$(BIN)/kvcalib allocate "$(RUN)" $(call opt,--budget,BUDGET) $(ARGS)
+
 build: need-RUN $(RUNTIME)  ## artifact: RUN= [BITS= OUT=]; OUT is RUN without .run, or RUN-artifact
 	$(BIN)/kvcalib build "$(RUN)" --out "$(out)" $(call opt,--bits,BITS) $(ARGS)
 
@@ -85,6 +89,16 @@ eval: need-RUN $(RUNTIME)  ## perplexity, KLD and bytes of the artifact: RUN= [O
 
 bench-kmeans: $(RUNTIME)  ## the exact solver against scikit-learn's
 	$(BIN)/python bench/kmeans.py $(ARGS)
+
+bench-decode: $(DEV)  ## decoding on a CPU: packed caches against the fp cache, HQQ and Quanto
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
+	$(BIN)/python bench/decode_cpu.py $(ARGS)
+
+bench-decode-gpu: $(DEV)  ## packed attention against 16-bit SDPA on a CUDA GPU
+	$(BIN)/python bench/decode_gpu.py $(ARGS)
+
+bench-kernels: $(DEV)  ## compile every Triton kernel for sm_80 and sm_90; registers and spills
+	$(BIN)/python bench/kernels_aot.py $(ARGS)
 
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)
@@ -113,4 +127,5 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 # Commands make temporary files even when nothing is installed anew.
-demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher: | .cache/tmp
+demo test lint calibrate fisher fit-nuq friendliness allocate build eval bench-kmeans bench-fisher \
+	bench-decode bench-decode-gpu bench-kernels: | .cache/tmp

@@ -306,10 +306,49 @@ def friendliness(run: RunArgument) -> None:
 
 
 @app.command()
+def allocate(
+    run: RunArgument,
+    budget: Annotated[
+        float | None, typer.Option(help="Effective bits: codes, outliers, scales, positions, every byte.")
+    ] = None,
+    widths: Annotated[float | None, typer.Option(help="Mean code width instead; overheads come on top.")] = None,
+    per: Annotated[str, typer.Option(help="What takes one width: channel, head or layer.")] = "channel",
+    group: Annotated[int, typer.Option(help="Channels that share a width, for fused kernels: 16, or 0 for none.")] = 16,
+) -> None:
+    """Widths for every layer, keys and values, head and channel: the least predicted loss within a budget."""
+    with _errors():
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import allocate as stage
+
+        settings = _settings(stage.AllocateSettings, budget=budget, widths=widths, per=per, group=group)
+        found, chosen = stage.run(RunDir(run), settings)
+        table = Table(title="mean code width")
+        for column in ("layer", "keys", "by head", "values", "by head"):
+            table.add_column(column, justify="right")
+        for layer in sorted({index for index, _ in chosen}):
+            cells = []
+            for role in ("key", "value"):
+                by_head = chosen[layer, role].float().mean(1)
+                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head)]
+            table.add_row(str(layer), *cells)
+        out_console.print(table)
+        out_console.print(
+            f"{found.effective_bits:.3f} effective bits, mean code width {found.mean_width:.3f}; predicted loss "
+            f"{found.loss:.5f} nats per token, at most {100 * (found.loss / max(found.bound, 1e-300) - 1):.3f} % above "
+            "the best plan",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _print_path("widths", run / "allocation.safetensors")
+
+
+@app.command()
 def build(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys and values; default: as fitted.")] = None,
+    bits: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Bits of keys and values; default: as allocated, else as fitted.")
+    ] = None,
     key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
     value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
     recent: Annotated[int, typer.Option(min=0, help="Last tokens that a loader keeps exact by default.")] = 0,
@@ -318,15 +357,20 @@ def build(
     """Codebooks and bits to an artifact."""
     with _errors():
         from kvcalib.rundir import RunDir
+        from kvcalib.stages import allocate as allocation
         from kvcalib.stages import build as stage
 
+        run_dir = RunDir(run)
+        uniform = (bits, key_bits, value_bits) != (None, None, None)
+        widths = None if uniform or run_dir.record("allocate") is None else allocation.load(run_dir)[1]
         stage.run(
-            RunDir(run),
+            run_dir,
             out,
             bits if key_bits is None else key_bits,
             bits if value_bits is None else value_bits,
             recent,
             overwrite,
+            widths,
         )
         _print_path("artifact", out)
 
@@ -428,7 +472,7 @@ def _inspect_run(target: Path) -> None:
     from kvcalib.rundir import RunDir
 
     run = RunDir(target)
-    for stage in ("fisher", "fit-nuq", "friendliness"):
+    for stage in ("fisher", "fit-nuq", "friendliness", "allocate"):
         record = run.record(stage)
         out_console.print(f"[bold]{stage}[/]: {'has not run' if record is None else ''}", highlight=False)
         for name, value in ({} if record is None else record["settings"]).items():

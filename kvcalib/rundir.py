@@ -4,6 +4,7 @@
     calibration.safetensors     `kvcalib fisher`
     codebooks.safetensors       `kvcalib fit-nuq`
     friendliness.json           `kvcalib friendliness`
+    allocation.safetensors      `kvcalib allocate`
     stages/NAME.json            the settings and inputs a stage ran with, and the hash of what it wrote
 
 A stage whose recorded settings are the same is up to date and skipped.
@@ -23,7 +24,7 @@ from kvcalib.model.identity import hash_json
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
 CALIBRATION, PARTIAL, CODEBOOKS = "calibration.safetensors", "calibration.partial.safetensors", "codebooks.safetensors"
-FRIENDLINESS = "friendliness.json"
+FRIENDLINESS, ALLOCATION = "friendliness.json", "allocation.safetensors"
 
 
 class RunDir:

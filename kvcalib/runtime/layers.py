@@ -244,7 +244,7 @@ class PackedLayer(TapLayer):
             for role, quantizer in self.quantizers.items():
                 x = new[role][:, part]
                 for name, t in write(quantizer, x.reshape(-1, *x.shape[2:]), exact).items():
-                    rows[f"{role}.{name}"][:, part] = t.reshape(batch, -1, *t.shape[1:])
+                    rows[f"{role}.{name}"][:, part] = t.reshape(batch, x.shape[1], *t.shape[1:])
 
     def _keep_sinks(self, new: dict[str, Tensor]) -> None:
         """Copy the first real tokens of each row, with their slots, until every row has its `sinks`."""
