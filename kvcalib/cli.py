@@ -519,6 +519,8 @@ def _settings(kind: Callable[..., Any], **values: Any) -> Any:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # of several options together
+            raise InputError(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise InputError(f"{option} is {first['input']!r}: {first['msg']}") from None
 

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from kvcalib import __version__
+from kvcalib.artifact import store
 from kvcalib.cli import app
 from kvcalib.demo import MODEL_DIR
 from kvcalib.files import hash_file
@@ -27,7 +28,19 @@ from tests.tiny import tiny_family, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 2048  # of the demo model's tokenizer
-COMMANDS = ("demo", "run", "fisher", "fit-nuq", "friendliness", "build", "eval", "inspect", "verify", "validate")
+COMMANDS = (
+    "demo",
+    "run",
+    "fisher",
+    "fit-nuq",
+    "friendliness",
+    "allocate",
+    "build",
+    "eval",
+    "inspect",
+    "verify",
+    "validate",
+)
 # As issue 2 lists them.
 KEYS = {
     "nll", "ppl", "fp16_nll", "delta_nll", "kld", "top1_agreement", "effective_bits", "cache_bytes",
@@ -129,6 +142,24 @@ def test_help(command):
 def test_every_command_is_listed_here():
     names = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert names == set(COMMANDS)
+
+
+def test_allocated_widths_are_built(run, tmp_path):
+    shown = ok("allocate", run, "--budget", 5, "--group", 0).stdout
+    assert "mean code width" in shown
+    assert "effective bits" in shown
+    ok("build", run, "--out", tmp_path / "mixed")
+    mean = store.read_manifest(tmp_path / "mixed").mean_bits
+    ok("build", run, "--out", tmp_path / "plain", "--bits", 4)
+    assert store.read_manifest(tmp_path / "plain").mean_bits == (4, 4)
+    assert mean != (4, 4)
+    assert len({float(w) for w in store.read(tmp_path / "mixed")[1]["layers.0.key.widths"].flatten()}) > 1
+
+
+def test_a_budget_that_cannot_be_met_is_refused(run):
+    refused(2, r"budget is 1 effective bits.*smallest plan has", "allocate", run, "--budget", 1)
+    refused(2, r"one of --budget", "allocate", run)
+    refused(2, r"group", "allocate", run, "--budget", 4, "--group", 7)
 
 
 def test_stages_leave_their_files_and_nothing_else(road):

@@ -41,7 +41,7 @@ class AllocateSettings(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> AllocateSettings:
         if (self.budget is None) == (self.widths is None):
-            raise ValueError("give one of budget (effective bits) and widths (mean code width)")
+            raise ValueError("give one of --budget (effective bits) and --widths (mean code width)")
         return self
 
 

@@ -69,5 +69,5 @@ def test_widths_of_other_codebooks_are_refused(run, model, tmp_path):
 
 def test_exactly_one_target():
     for wrong in ({}, {"budget": 2.5, "widths": 2.0}):
-        with pytest.raises(ValueError, match="one of budget"):
+        with pytest.raises(ValueError, match="one of --budget"):
             AllocateSettings(**wrong)
