@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from kvcalib.errors import ArtifactMismatch
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime import paths
-from kvcalib.runtime.encode import encode
+from kvcalib.runtime.encode import MOST_TOKENS, store
 from kvcalib.runtime.kernels.view import PackedView
 from kvcalib.runtime.storage import Rows
 
@@ -231,19 +231,25 @@ class PackedLayer(TapLayer):
             for role, quantizer in self.quantizers.items()
             for name, (shape, dtype) in quantizer.row_spec(exact).items()
         }
-        rows = self.packed.extend(spec)
+        self.packed.extend(spec)
         path = paths.writing(self.quantizers["key"], self.quantizers["value"], self.device)
+        if path == "native" and batch * count <= MOST_TOKENS:
+            places = self.packed.flat(self.packed.length - count)
+            for role, quantizer in self.quantizers.items():
+                mine = {n.removeprefix(f"{role}."): p for n, p in places.items() if n.startswith(role)}
+                store(quantizer, new[role], exact, mine)
+            return
+        rows = self.packed.read(self.packed.length - count, self.packed.length)
         if path == "triton":
             from kvcalib.runtime.kernels.encode import packed_encode
 
             packed_encode(new["key"], new["value"], self.quantizers["key"], self.quantizers["value"], rows)
             return
-        write = encode if path == "native" else Quantizer.encode
         for start in range(0, count, ENCODE_CHUNK):
             part = slice(start, start + ENCODE_CHUNK)
             for role, quantizer in self.quantizers.items():
                 x = new[role][:, part]
-                for name, t in write(quantizer, x.reshape(-1, *x.shape[2:]), exact).items():
+                for name, t in quantizer.encode(x.reshape(-1, *x.shape[2:]), exact).items():
                     rows[f"{role}.{name}"][:, part] = t.reshape(batch, x.shape[1], *t.shape[1:])
 
     def _keep_sinks(self, new: dict[str, Tensor]) -> None:
@@ -280,6 +286,7 @@ class PackedLayer(TapLayer):
             recent_key=recent.get("key"),
             recent_value=recent.get("value"),
             positions=positions,
+            flat=self.packed.flat(self.packed.length - packed) if self.device.type == "cpu" else None,
         )
 
     @property

@@ -29,6 +29,7 @@ from kvcalib.model.angles import Angles
 from kvcalib.quant.packing import MAX_PLANES
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.kernels.view import PackedView
+from kvcalib.runtime.storage import Flat, flat_memory
 
 TILE = 64
 LANES = 16
@@ -85,9 +86,9 @@ def native_attention(
     exact = _exact(view, kv_heads, head_dim, value_dim, key["channel"])
     arguments = (
         ready, queries, total, view.length,
-        _flat(view.rows["key.words"], np.uint32), *key["tables"], *_outliers(view, "key"),
-        _flat(view.rows["value.words"], np.uint32), *value["tables"], *_outliers(view, "value"),
-        *_scales(view), _wide(view.rows["value.zero"].dtype),
+        _flat(view, "key.words"), *key["tables"], *_outliers(view, "key"),
+        _flat(view, "value.words"), *value["tables"], *_outliers(view, "value"),
+        _flat(view, "value.zero"), _flat(view, "value.scale"), _wide(view.rows["value.zero"].dtype),
         *exact, np.ascontiguousarray(view.positions.numpy()), *fine, *coarse, angles.turns,
         kind, masked, np.float32(softcap or 0.0), peak, norm, sums,
     )  # fmt: skip
@@ -209,31 +210,20 @@ def _tables(angles: Angles, highest: int) -> tuple[tuple[np.ndarray, ...], tuple
     return fine, coarse
 
 
-def _flat(x: Tensor, kind: Any) -> tuple[np.ndarray, int, int]:
-    """The memory under a view `[B, T, ...]` as one row of numbers, and the strides of its first two dimensions.
-
-    One type for every view, so that numba compiles once.
-    """
-    length = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1 if x.numel() else 0
-    flat = x.as_strided((length,), (1,)).numpy()
-    return flat.view(kind), x.stride(0), x.stride(1)
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int16)
+def _flat(view: PackedView, name: str) -> Flat:
+    """The memory under one of the view's rows."""
+    if view.flat is not None:
+        return view.flat[name]
+    rows = view.rows[name].contiguous()
+    return flat_memory(rows), rows.stride(0), rows.stride(1), 0
 
 
 def _outliers(view: PackedView, role: str) -> tuple[Any, ...]:
     quantizer = view.key if role == "key" else view.value
     if not quantizer.outliers:
-        return 0, (np.zeros(0, np.int16), 0, 0), (np.zeros(0, np.uint16), 0, 0), _wide(torch.float16)
-    index, value = view.rows[f"{role}.outlier_index"], view.rows[f"{role}.outlier_value"]
-    kind = np.uint8 if index.dtype == torch.uint8 else np.int16
-    return quantizer.outliers, _flat(index, kind), _flat(_bits(value), np.uint16), _wide(value.dtype)
-
-
-def _scales(view: PackedView) -> tuple[Any, ...]:
-    return tuple(_flat(_bits(view.rows[f"value.{name}"]), np.uint16) for name in ("zero", "scale"))
+        return 0, (np.zeros(0, np.int16), 0, 0, 0), (np.zeros(0, np.uint16), 0, 0, 0), _wide(torch.float16)
+    index, value = f"{role}.outlier_index", f"{role}.outlier_value"
+    return quantizer.outliers, _flat(view, index), _flat(view, value), _wide(view.rows[value].dtype)
 
 
 @lru_cache
@@ -269,8 +259,8 @@ def _exact(view: PackedView, kv_heads: int, head_dim: int, value_dim: int, chann
 def _exp(x: Any) -> Any:
     """e^x for x <= 0 in float32, within 2 ulp: 2^n times a polynomial of the fraction."""
     y = max(x, np.float32(-87.0)) * np.float32(1.4426950408889634)
-    n = np.floor(y)
-    f = y - n
+    n = np.int32(y - np.float32(0.5))
+    f = y - np.float32(n)
     p = np.float32(1.5403530e-4)
     p = p * f + np.float32(1.3333558e-3)
     p = p * f + np.float32(9.6181291e-3)
@@ -278,7 +268,7 @@ def _exp(x: Any) -> Any:
     p = p * f + np.float32(2.4022651e-1)
     p = p * f + np.float32(6.9314718e-1)
     p = p * f + np.float32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @intrinsic
@@ -322,9 +312,9 @@ def _look_up(
     head: Any, batch: Any, start: Any, n: Any, flat: Any, tables: Any, turned: Any, codes: Any, tile: Any
 ) -> None:
     """Decode tokens `start..start + n` of one head into `tile [D, 64]`; `turned [words, 64]`, `codes [64]`: scratch."""
-    words, row_stride, token_stride = flat
+    words, row_stride, token_stride, origin = flat
     used, amount, fields, count, narrow, centroids = tables
-    first = batch * row_stride + start * token_stride
+    first = origin + batch * row_stride + start * token_stride
     for t in range(n):
         for w in range(amount[head]):
             turned[w, t] = words[first + t * token_stride + used[head, w]]
@@ -477,7 +467,7 @@ def _attend(
             _look_up(head, batch, start, n, key_words, k_tables, turned, codes, keys[:head_dim])
             if k_outliers:
                 group = head if k_groups > 1 else 0
-                place = batch * k_index[1] + start * k_index[2] + group * k_outliers
+                place = k_index[3] + batch * k_index[1] + start * k_index[2] + group * k_outliers
                 where, exact, row_of = k_index[0][place:], k_value[0][place:], k_row[head]
                 for t in range(n):
                     for i in range(k_outliers):
@@ -527,8 +517,8 @@ def _attend(
             _look_up(head, batch, start, n, value_words, v_tables, turned, codes, values[:value_dim])
             group = head if v_groups > 1 else 0
             for t in range(n):
-                zero[t] = wide[zeros[0][batch * zeros[1] + (start + t) * zeros[2] + group]]
-                scale[t] = wide[scales[0][batch * scales[1] + (start + t) * scales[2] + group]]
+                zero[t] = wide[zeros[0][zeros[3] + batch * zeros[1] + (start + t) * zeros[2] + group]]
+                scale[t] = wide[scales[0][scales[3] + batch * scales[1] + (start + t) * scales[2] + group]]
         else:
             for t in range(n):
                 zero[t], scale[t] = np.float32(0.0), np.float32(1.0)
@@ -537,7 +527,7 @@ def _attend(
         if number < last_tile:
             if v_outliers:
                 group = head if v_groups > 1 else 0
-                place = batch * v_index[1] + start * v_index[2] + group * v_outliers
+                place = v_index[3] + batch * v_index[1] + start * v_index[2] + group * v_outliers
                 where, exact, row_of = v_index[0][place:], v_value[0][place:], v_row[head]
                 for t in range(n):
                     if scale[t] == 0:

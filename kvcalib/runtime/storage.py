@@ -8,10 +8,15 @@ never larger than that: `nbytes` is what the process really holds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 MIN_ROOM = 64
+Flat = tuple[Any, int, int, int]
+"""Memory as one row of numbers (two-byte floats as uint16, words as uint32), strides of batch row and token, and where
+the first token lies."""
 
 
 class Rows:
@@ -22,6 +27,19 @@ class Rows:
         self.min_room = min_room
         self._first = 0
         self._buffers: dict[str, Tensor] = {}
+        self._memory: dict[str, tuple[Tensor, Any]] = {}
+
+    def flat(self, start: int) -> dict[str, Flat]:
+        """Every tensor as compiled code takes it, from token `start` on; on a CPU only."""
+        found: dict[str, Flat] = {}
+        for name, buffer in self._buffers.items():
+            known = self._memory.get(name)
+            if known is None or known[0] is not buffer:
+                # A buffer's memory is looked up once; most steps write where the last one did.
+                known = self._memory[name] = (buffer, flat_memory(buffer))
+            step = buffer.stride(1)
+            found[name] = (known[1], buffer.stride(0), step, (self._first + start) * step)
+        return found
 
     @property
     def batch(self) -> int:
@@ -30,12 +48,13 @@ class Rows:
 
     def append(self, new: dict[str, Tensor]) -> None:
         """Add the same number of tokens `[B, t, ...]` to every tensor."""
-        places = self.extend({name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in new.items()})
-        for name, place in places.items():
+        self.extend({name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in new.items()})
+        count = next(iter(new.values())).shape[1]
+        for name, place in self.read(self.length - count, self.length).items():
             place.copy_(new[name])
 
-    def extend(self, new: dict[str, tuple[torch.Size, torch.dtype, torch.device]]) -> dict[str, Tensor]:
-        """Make room for tokens of the given shapes `[B, t, ...]`; returns the places to write them, as views."""
+    def extend(self, new: dict[str, tuple[torch.Size, torch.dtype, torch.device]]) -> None:
+        """Make room for tokens of the given shapes `[B, t, ...]`, which the caller writes."""
         count = next(iter(new.values()))[0][1]
         stop = self._first + self.length + count
         room = self.length + count
@@ -47,7 +66,6 @@ class Rows:
             if name not in self._buffers:
                 self._buffers[name] = torch.empty(shape[0], room, *shape[2:], dtype=dtype, device=device)
         self.length += count
-        return self.read(self.length - count, self.length)
 
     def _moved(self, buffer: Tensor, room: int) -> Tensor:
         grown = buffer.new_empty(buffer.shape[0], room, *buffer.shape[2:])
@@ -93,3 +111,13 @@ class Rows:
     def nbytes(self) -> int:
         """Bytes held, spare room included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+def flat_memory(x: Tensor) -> Any:
+    """The numbers of a contiguous tensor in one row, as numpy holds them: bytes, uint16 or uint32."""
+    row = x.reshape(-1)
+    if x.element_size() == 1:
+        return row.view(torch.uint8).numpy()
+    if x.dtype == torch.int16:
+        return row.numpy()
+    return row.view(torch.int16).numpy().view("uint16") if x.element_size() == 2 else row.numpy().view("uint32")

@@ -1,11 +1,13 @@
 """The compiled encoder gives the bits of `Quantizer.encode`."""
 
+import numpy as np
 import pytest
 import torch
 
 from kvcalib.quant.codebook import LADDER
 from kvcalib.quant.fitting import make_quantizer
-from kvcalib.runtime.encode import MOST_TOKENS, encode
+from kvcalib.runtime.encode import MOST_TOKENS, store
+from kvcalib.runtime.storage import Rows
 
 
 def quantizer(relative, scope, share, widths, heads=3, dim=16, seed=0):
@@ -33,7 +35,7 @@ def test_same_bits(relative, scope, share, widths, dtype):
     x[2] = 0.5
     x[3, :, :9] = x[3, :, 0, None]
     x[4] *= 100
-    expected, found = q.encode(x, dtype), encode(q, x, dtype)
+    expected, found = q.encode(x, dtype), stored(q, x, dtype)
     assert set(found) == set(expected) == set(q.row_spec(dtype))
     ties = 3 if not relative else 0  # which of several equal errors is largest, topk leaves open
     for name, tensor in expected.items():
@@ -46,10 +48,49 @@ def test_same_bits(relative, scope, share, widths, dtype):
         assert found[name].dtype == q.row_spec(dtype)[name][1]
 
 
-def test_many_tokens_take_the_tensor_path(monkeypatch):
-    q = quantizer(True, "token", 0.01, 3)
+def stored(q, x, dtype):
+    """What `store` writes into a cache that already holds tokens, two rows of a batch at once."""
+    rows, batch = Rows(), 2
+    spec = {
+        n: (torch.Size((batch, len(x) + 3, *shape)), kind, x.device) for n, (shape, kind) in q.row_spec(dtype).items()
+    }
+    rows.extend(spec)
+    for t in rows.tensors().values():
+        t.fill_(77)
+    store(q, torch.stack([x.flip(0), x]), dtype, rows.flat(3))
+    found = rows.read(0, len(x) + 3)
+    for t in found.values():
+        assert bool((t[:, :3] == 77).all()), "earlier tokens were overwritten"
+        assert t.shape[1] == len(x) + 3
+    return {n: t[1, 3:] for n, t in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_torch_s(dtype):
+    from kvcalib.quant.quantizer import saturate
+    from kvcalib.runtime.encode import _narrow, _widen
+
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (20000,), generator=generator, dtype=torch.int64).int()
+    special = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e38, -3.4e38, 6e-8, 3e-8, 2.9e-8, 6.1e-5, 1.0])
+    x = torch.cat([bits.view(torch.float32), special, torch.randn(20000, generator=generator)])
+    x = x[x.isfinite()]
+    expected = saturate(x, dtype)
+    found = np.array([_narrow(np.float32(v), dtype == torch.bfloat16) for v in x.numpy()], dtype=np.uint16)
+    assert np.array_equal(found, expected.view(torch.int16).numpy().view(np.uint16))
+    wide = np.array([_widen(b, dtype == torch.bfloat16) for b in found], dtype=np.float32)
+    assert np.array_equal(wide, expected.float().numpy())
+
+
+def test_a_step_takes_the_compiled_path_and_a_prompt_the_tensors(tmp_path, monkeypatch):
+    from kvcalib.runtime import layers
+    from tests.tiny import make_artifact, tiny_llama
+
+    artifact = make_artifact(tmp_path, tiny_llama())
     called = []
-    monkeypatch.setattr(type(q), "encode", lambda self, x, dtype: called.append(len(x)) or {})
-    encode(q, torch.zeros(MOST_TOKENS, 3, 16), torch.float16)
-    encode(q, torch.zeros(MOST_TOKENS + 1, 3, 16), torch.float16)
-    assert called == [MOST_TOKENS + 1]
+    monkeypatch.setattr(layers, "store", lambda *_: called.append("compiled"))
+    layer = artifact.new_cache(tiny_llama()).layers[0]
+    for count in (MOST_TOKENS, MOST_TOKENS + 1):
+        layer.update(torch.ones(1, 2, count, 16), torch.ones(1, 2, count, 16))
+        called.append(count)
+    assert called == ["compiled", "compiled", MOST_TOKENS, MOST_TOKENS + 1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
+from kvcalib.runtime.storage import Flat
 
 
 @dataclass
@@ -25,6 +26,7 @@ class PackedView:
         sink_key, sink_value: `[B, s, H, D]` exact tokens (keys un-rotated) that replace packed ones.
         sink_slot: `[B, s]` int32, the slot each of them replaces, -1 where unused.
         recent_key, recent_value: `[B, w, H, D]` exact tokens (keys un-rotated).
+        flat: the memory under `rows`, for compiled code on a CPU that would have to look it up at every step.
     """
 
     key: Quantizer
@@ -37,6 +39,7 @@ class PackedView:
     sink_slot: Tensor | None = None
     recent_key: Tensor | None = None
     recent_value: Tensor | None = None
+    flat: dict[str, Flat] | None = None
 
     @property
     def total(self) -> int:
