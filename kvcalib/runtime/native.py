@@ -484,7 +484,7 @@ def _attend(
                 for c in range(head_dim):
                     keys[c, t] = recent_key[batch, start - length + t, head, c]
         if turns:
-            follow = True
+            follow = position[start] >= 0
             for t in range(1, n):
                 follow &= position[start + t] == position[start] + t
             if follow:

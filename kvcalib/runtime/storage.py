@@ -41,6 +41,10 @@ class Rows:
             found[name] = (known[1], buffer.stride(0), step, (self._first + start) * step)
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has memory of its own.
+        return self.__dict__ | {"_memory": {}}
+
     @property
     def batch(self) -> int:
         """Rows of the batch, 0 before the first append."""
@@ -61,6 +65,7 @@ class Rows:
         if self._buffers and stop > next(iter(self._buffers.values())).shape[1]:
             room = max(room, self.length + max(self.min_room, self.length // 8))
             self._buffers = {name: self._moved(buffer, room) for name, buffer in self._buffers.items()}
+            self._memory = {}
             self._first = 0
         for name, (shape, dtype, device) in new.items():
             if name not in self._buffers:
@@ -82,6 +87,7 @@ class Rows:
         self.length = min(self.length, length)
         if self._buffers and self.length < next(iter(self._buffers.values())).shape[1] // 4:
             self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
+            self._memory = {}
             self._first = 0
 
     def drop(self, count: int) -> None:
@@ -91,6 +97,7 @@ class Rows:
         self.length -= count
         if self._first > max(self.min_room, self.length // 8):
             self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
+            self._memory = {}
             self._first = 0
 
     def select(self, indices: Tensor) -> None:
@@ -98,10 +105,12 @@ class Rows:
         # Spare room and all: beam search selects before every append.
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.index_select(0, indices.to(buffer.device))
+        self._memory = {}
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""
         self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
+        self._memory = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, spare room included."""

@@ -1,12 +1,15 @@
 """The compiled CPU attention against attention in float64 over what the rows decode to."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from kvcalib.model.angles import Angles
-from kvcalib.runtime import native
+from kvcalib.runtime import native, paths
 from kvcalib.runtime.kernels.view import PackedView
+from kvcalib.runtime.storage import Rows
 from tests.runtime.test_encode import quantizer
 
 DIM = 16
@@ -144,6 +147,14 @@ def test_positions_in_any_order():
     check(view, key, value, turning(), mask=mask)
 
 
+def test_a_tile_that_begins_with_padding_before_position_zero():
+    """Positions -1, 0, 1, ...: one padded token whose position nobody clamped."""
+    view, key, value = make_view(100, 3, batch=1, start=-1)
+    mask = torch.ones(1, 1, 1, 100, dtype=torch.bool)
+    mask[..., 0] = False
+    check(view, key, value, turning(), mask=mask)
+
+
 @pytest.mark.parametrize("start", [5_000, 999_000, 1_000_000])
 def test_positions_around_a_million(start):
     """Relative to what matters: the query lies a million positions on, the angles are still exact."""
@@ -182,3 +193,26 @@ def test_equal_values_keep_their_outlier():
         view.rows[f"value.{name}"] = t[None]
     assert bool((rows["scale"] == 0).all())
     check(view, key, view.value.decode(rows)[None], turning())
+
+
+def test_few_queries_on_a_cpu_are_read_and_written_by_compiled_code(monkeypatch):
+    view, _, _ = make_view(70, 3, batch=1)
+    query, angles = torch.zeros(1, 4, 1, DIM), turning()
+    assert paths.reading(query, view, angles) == "native"
+    assert paths.writing(view.key, view.value, query.device) == "native"
+    assert paths.reading(query.expand(1, 4, 64, DIM), view, angles) == "torch"
+    assert paths.reading(query, view, None) == "torch"
+    monkeypatch.setenv("KVCALIB_PATH", "torch")
+    assert paths.reading(query, view, angles) == "torch"
+
+
+def test_a_copied_cache_writes_into_its_own_memory():
+    rows = Rows()
+    rows.append({"x": torch.zeros(1, 200, 4)})
+    rows.append({"x": torch.zeros(1, 1, 4)})
+    rows.flat(0)
+    other = copy.deepcopy(rows)
+    for mine, value in ((rows, 1.0), (other, 2.0)):
+        mine.flat(0)["x"][0][:] = np.float32(value).view(np.uint32)
+    assert bool((rows.read(0, 201)["x"] == 1).all())
+    assert bool((other.read(0, 201)["x"] == 2).all())
