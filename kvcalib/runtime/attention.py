@@ -22,18 +22,21 @@ QUERY_BLOCK = 1024
 Chunks = Iterator[tuple[int, Tensor, Tensor]]
 
 
-def attend_packed(call: Call, query: Tensor, view: PackedView) -> Tensor:
-    """Attention of `query [B, Hq, Q, D]`, rotated, over `view`; `[B, Q, Hq, Dv]` in the dtype of `query`."""
+def attend_packed(call: Call, view: PackedView) -> Tensor:
+    """Attention of the call's queries over `view`; `[B, Q, Hq, Dv]` in their dtype."""
     softcap, sink_logits = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
     angles = call.angles
-    path = paths.reading(query, view, angles)
+    path = paths.reading(call.query, view, angles)
+    if path == "native":
+        assert angles is not None
+        return native.native_attention(
+            call.query, view, angles, call.mask, call.scaling, softcap, sink_logits, rotate=True
+        )
+    query = call.rotate_new(call.query)
     if path == "triton":
         from kvcalib.runtime.kernels.attention import packed_attention
 
         return packed_attention(query, view, angles, call.mask, call.scaling, softcap, sink_logits)
-    if path == "native":
-        assert angles is not None
-        return native.native_attention(query, view, angles, call.mask, call.scaling, softcap, sink_logits)
     return chunked_attention(
         query,
         chunks(view),

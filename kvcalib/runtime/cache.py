@@ -108,7 +108,7 @@ class PackedCache(DynamicCache):
 
     def positions(self) -> dict[str, Tensor]:
         """`position [B or 1, T]` int32 of every token that came in."""
-        return self._positions.read(0, self._positions.length)
+        return dict(self._positions.read(0, self._positions.length))
 
     def put_positions(self, position: Tensor) -> None:
         """Take the positions `[B or 1, T]` of a saved cache.

@@ -6,42 +6,67 @@ results are the same bits: float32 throughout, no operation reordered, ties to t
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
 import torch
+from numba.core import types
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.storage import Flat
+from kvcalib.runtime.native import place
+from kvcalib.runtime.native_loops import PLACE, pointer
 
 MOST_TOKENS = 64
-_TABLES: WeakKeyDictionary[Quantizer, tuple[Any, Any, Any, Any, Any]] = WeakKeyDictionary()
-_NOTHING: Flat = (np.zeros(0, np.uint16), 0, 0, 0)
+FEW = 16
+"""Outliers per group up to which the extremes are found by insertion, without sorting the token."""
+DYNAMIC = ("x", "batch", "tokens", "bfloat",
+           *(f"{name}{part}" for name in ("words", "index", "exact", "zero", "level") for part in PLACE))  # fmt: skip
+TABLES = ("relative", "count", "width", "groups", "elements", "centroids", "step", "middle", "levels", "fields",
+          "planes", "weight", "short")  # fmt: skip
+CALL = np.dtype([(name, np.int64) for name in DYNAMIC + TABLES])
+"""One call: counts, addresses, and steps in elements; "level" is the values' scale."""
+_NAMES = {"words": "words", "index": "outlier_index", "exact": "outlier_value", "zero": "zero", "level": "scale"}
+_TABLES: WeakKeyDictionary[Quantizer, tuple[list[int], set[str], tuple[Tensor, ...]]] = WeakKeyDictionary()
 
 
-def store(quantizer: Quantizer, x: Tensor, exact_dtype: torch.dtype, places: dict[str, Flat]) -> None:
-    """Write the rows of new tokens `x [B, t, H, D]` to `places`, one for each name of `Quantizer.row_spec`."""
-    flat = np.ascontiguousarray(x.detach().float().numpy())
-    flat = flat.reshape(x.shape[0], x.shape[1], quantizer.groups, -1)
-    index = places.get("outlier_index", _NOTHING)
-    _store(
-        flat, quantizer.relative, exact_dtype == torch.bfloat16, quantizer.outliers, *_tables(quantizer),
-        places["words"], index, places.get("outlier_value", _NOTHING), places.get("zero", _NOTHING),
-        places.get("scale", _NOTHING),
-    )  # fmt: skip
+def store(
+    quantizer: Quantizer, x: Tensor, exact_dtype: torch.dtype, rows: Mapping[str, Tensor], role: str = ""
+) -> None:
+    """Write the rows of new tokens `x [B, t, H, D]` to `rows`, whose names are those of `Quantizer.row_spec`.
+
+    Args:
+        role: what stands before the names, "key." or "value.".
+    """
+    tables, names, _ = _tables(quantizer)
+    flat = x.detach().float().contiguous()
+    numbers = [flat.data_ptr(), x.shape[0], x.shape[1], int(exact_dtype == torch.bfloat16)]
+    for name in _NAMES.values():
+        numbers += place(rows, role + name) if name in names else (0, 0, 0)
+    call = array("q", numbers + tables)
+    _store(call.buffer_info()[0])
 
 
-def _tables(quantizer: Quantizer) -> tuple[Any, Any, Any, Any, Any]:
-    if quantizer not in _TABLES:
+def _tables(quantizer: Quantizer) -> tuple[list[int], set[str], tuple[Tensor, ...]]:
+    kept = _TABLES.get(quantizer)
+    if kept is None:
         cpu = torch.device("cpu")
-        centroids, middle = quantizer.codebook.tables(cpu)
-        fields = np.stack([t.numpy().astype(np.int64) for t in quantizer.layout.tables(cpu)]).astype(np.uint32)
-        weight = np.ascontiguousarray(quantizer.weight.float().flatten().numpy())
-        _TABLES[quantizer] = (quantizer.layout.words, centroids.numpy(), middle.numpy(), fields, weight)
-    return _TABLES[quantizer]
+        centroids, middle = (t.float().contiguous() for t in quantizer.codebook.tables(cpu))
+        fields = torch.stack([t.to(torch.int32) for t in quantizer.layout.tables(cpu)]).contiguous()
+        weight = quantizer.weight.float().flatten().contiguous()
+        numbers = [
+            int(quantizer.relative), quantizer.outliers, quantizer.layout.words, quantizer.groups,
+            quantizer.layout.widths.numel() // quantizer.groups, centroids.data_ptr(), centroids.shape[1],
+            middle.data_ptr(), middle.shape[1], fields.data_ptr(), fields.shape[1], weight.data_ptr(),
+            int(quantizer.index_dtype == torch.uint8),
+        ]  # fmt: skip
+        kept = (numbers, set(quantizer.row_spec(exact_dtype=torch.float16)), (centroids, middle, fields, weight))
+        _TABLES[quantizer] = kept
+    return kept
 
 
 @numba.njit(nogil=True, cache=True)
@@ -72,43 +97,89 @@ def _widen(bits: Any, bfloat: Any) -> Any:
 
 
 @numba.njit(nogil=True, cache=True)
-def _store(
-    x: Any, relative: Any, bfloat: Any, count: Any, width: Any, centroids: Any, middle: Any, fields: Any, weight: Any,
-    words: Any, index: Any, exact: Any, zeros: Any, scales: Any,
-) -> None:  # fmt: skip
-    batch, tokens, groups, elements = x.shape
-    levels, planes = middle.shape[1], fields.shape[1]
+def _extremes(part: Any, count: Any, first: Any, last: Any) -> None:
+    """The `count + 1` least elements of `part` into `first`, and the greatest into `last`: their indices, ascending.
+
+    As a stable sort would order them: of equal ones the earlier is less.
+    """
+    held = 0
+    for e in range(part.shape[0]):
+        if held <= count or part[e] < part[first[count]]:
+            i = min(held, count)
+            while i > 0 and part[e] < part[first[i - 1]]:
+                first[i] = first[i - 1]
+                i -= 1
+            first[i] = e
+            held = min(held + 1, count + 1)
+    held = 0
+    for e in range(part.shape[0]):
+        # `last` is filled from its end, greatest there.
+        if held <= count or part[e] >= part[last[0]]:
+            if held <= count:
+                i = count - held
+                held += 1
+            else:
+                i = 0
+            while i < count and part[e] >= part[last[i + 1]]:
+                last[i] = last[i + 1]
+                i += 1
+            last[i] = e
+
+
+@numba.njit(inline="always")
+def _halves(address: Any) -> Any:
+    return numba.carray(pointer(address), 1 << 40, dtype=np.uint16)  # type: ignore[call-arg]
+
+
+@numba.njit(types.void(types.int64), nogil=True, cache=True)
+def _store(address: Any) -> None:
+    """Quantize and write the tokens of the `CALL` at `address`."""
+    call = numba.carray(pointer(address), 1, dtype=CALL)[0]  # type: ignore[call-arg]
+    count, elements, groups, bfloat = call.count, call.elements, call.groups, call.bfloat != 0
+    x = numba.carray(pointer(call.x), (call.batch, call.tokens, groups, elements), dtype=np.float32)
+    channels = groups * elements
+    centroids = numba.carray(pointer(call.centroids), (channels, call.step), dtype=np.float32)
+    middle = numba.carray(pointer(call.middle), (channels, call.levels), dtype=np.float32)
+    fields = numba.carray(pointer(call.fields), (4, call.planes, channels), dtype=np.uint32)
+    weight = numba.carray(pointer(call.weight), channels, dtype=np.float32)
+    words = numba.carray(pointer(call.words), 1 << 40, dtype=np.uint32)
+    exact, zeros, levels = _halves(call.exact), _halves(call.zero), _halves(call.level)
     error, chosen = np.empty(elements, np.float32), np.empty(max(1, count), np.int64)
+    first, last = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
     size = elements - count
-    for b in range(batch):
-        for t in range(tokens):
-            row = words[0][words[3] + b * words[1] + t * words[2] :]
-            for w in range(width):
+    for b in range(call.batch):
+        for t in range(call.tokens):
+            row = words[b * call.words_row + t * call.words_token :]
+            for w in range(call.width):
                 row[w] = np.uint32(0)
             for group in range(groups):
                 part = x[b, t, group]
                 zero, scale = np.float32(0.0), np.float32(1.0)
-                if relative:
+                if call.relative:
                     # The narrowest range of all but `count` elements, as `outliers.shortest_window`.
-                    order = np.argsort(part, kind="mergesort")
-                    best, first = part[order[size - 1]] - part[order[0]], 0
+                    if count <= FEW:
+                        _extremes(part, count, first, last)
+                    else:
+                        order = np.argsort(part, kind="mergesort")
+                        first[:], last[:] = order[: count + 1], order[size - 1 :]
+                    best, begin = part[last[0]] - part[first[0]], 0
                     for i in range(1, count + 1):
-                        span = part[order[i + size - 1]] - part[order[i]]
+                        span = part[last[i]] - part[first[i]]
                         if span < best:
-                            best, first = span, i
-                    low, high = part[order[first]], part[order[first + size - 1]]
+                            best, begin = span, i
+                    low, high = part[first[begin]], part[last[begin]]
                     for i in range(count):
-                        chosen[i] = order[i if i < first else i + size]
+                        chosen[i] = first[i] if i < begin else last[i + 1]
                     middle_bits = _narrow((low + high) / np.float32(2.0), bfloat)
                     scale_bits = _narrow((high - low) / np.float32(2.0), bfloat)
-                    zeros[0][zeros[3] + b * zeros[1] + t * zeros[2] + group] = middle_bits
-                    scales[0][scales[3] + b * scales[1] + t * scales[2] + group] = scale_bits
+                    zeros[b * call.zero_row + t * call.zero_token + group] = middle_bits
+                    levels[b * call.level_row + t * call.level_token + group] = scale_bits
                     zero, scale = _widen(middle_bits, bfloat), _widen(scale_bits, bfloat)
                     scale = scale if scale > 0 else np.float32(1.0)
                 for e in range(elements):
                     c = group * elements + e
-                    value = (part[e] - zero) / scale if relative else part[e]
-                    lower, upper = 0, levels
+                    value = (part[e] - zero) / scale if call.relative else part[e]
+                    lower, upper = 0, call.levels
                     while lower < upper:
                         half = (lower + upper) // 2
                         if middle[c, half] < value:
@@ -117,12 +188,12 @@ def _store(
                             upper = half
                     error[e] = value - centroids[c, lower]
                     error[e] = error[e] * error[e] * weight[c]
-                    for plane in range(planes):
+                    for plane in range(call.planes):
                         mask = fields[2, plane, c]
                         if mask:
                             code = (np.uint32(lower) >> fields[3, plane, c]) & mask
                             row[fields[0, plane, c]] |= np.uint32(code << fields[1, plane, c])
-                if not relative:
+                if not call.relative:
                     for i in range(count):
                         worst = 0
                         for e in range(1, elements):
@@ -132,8 +203,13 @@ def _store(
                         error[worst] = np.float32(-1.0)
                 if count:
                     chosen[:count].sort()
-                    to_index = index[3] + b * index[1] + t * index[2] + group * count
-                    to_exact = exact[3] + b * exact[1] + t * exact[2] + group * count
+                    to_index = b * call.index_row + t * call.index_token + group * count
+                    to_exact = b * call.exact_row + t * call.exact_token + group * count
                     for i in range(count):
-                        index[0][to_index + i] = chosen[i]
-                        exact[0][to_exact + i] = _narrow(part[chosen[i]], bfloat)
+                        if call.short:
+                            short = numba.carray(pointer(call.index), 1 << 40, dtype=np.uint8)
+                            short[to_index + i] = np.uint8(chosen[i])
+                        else:
+                            long = numba.carray(pointer(call.index), 1 << 40, dtype=np.int16)
+                            long[to_index + i] = np.int16(chosen[i])
+                        exact[to_exact + i] = _narrow(part[chosen[i]], bfloat)

@@ -8,7 +8,7 @@ with a sliding window keeps the last `sliding - 1` tokens, as transformers' own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -174,6 +174,7 @@ class PackedLayer(TapLayer):
         self.quantizers = {"key": key, "value": value}
         self.sinks = sinks if sliding is None else 0
         self.recent = recent
+        self._known: tuple[Any, dict[str, Any]] | None = None
         self._clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
@@ -220,30 +221,23 @@ class PackedLayer(TapLayer):
             self.window.drop(leaving)
         return key_states, value_states
 
-    def _store(self, new: dict[str, Tensor]) -> None:
+    def _store(self, new: Mapping[str, Tensor]) -> None:
         """Quantize and append tokens `[B, t, H, D]`."""
         if not self.sinks_full:
             self._keep_sinks(new)
         batch, count = new["key"].shape[:2]
         exact = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
-        spec = {
-            f"{role}.{name}": (torch.Size((batch, count, *shape)), dtype, self.device)
-            for role, quantizer in self.quantizers.items()
-            for name, (shape, dtype) in quantizer.row_spec(exact).items()
-        }
-        self.packed.extend(spec)
+        self.packed.extend(self._spec(batch, count, exact))
         path = paths.writing(self.quantizers["key"], self.quantizers["value"], self.device)
-        if path == "native" and batch * count <= MOST_TOKENS:
-            places = self.packed.flat(self.packed.length - count)
-            for role, quantizer in self.quantizers.items():
-                mine = {n.removeprefix(f"{role}."): p for n, p in places.items() if n.startswith(role)}
-                store(quantizer, new[role], exact, mine)
-            return
         rows = self.packed.read(self.packed.length - count, self.packed.length)
+        if path == "native" and batch * count <= MOST_TOKENS:
+            for role, quantizer in self.quantizers.items():
+                store(quantizer, new[role], exact, rows, f"{role}.")
+            return
         if path == "triton":
             from kvcalib.runtime.kernels.encode import packed_encode
 
-            packed_encode(new["key"], new["value"], self.quantizers["key"], self.quantizers["value"], rows)
+            packed_encode(new["key"], new["value"], self.quantizers["key"], self.quantizers["value"], dict(rows))
             return
         for start in range(0, count, ENCODE_CHUNK):
             part = slice(start, start + ENCODE_CHUNK)
@@ -252,7 +246,19 @@ class PackedLayer(TapLayer):
                 for name, t in quantizer.encode(x.reshape(-1, *x.shape[2:]), exact).items():
                     rows[f"{role}.{name}"][:, part] = t.reshape(batch, x.shape[1], *t.shape[1:])
 
-    def _keep_sinks(self, new: dict[str, Tensor]) -> None:
+    def _spec(self, batch: int, count: int, exact: torch.dtype) -> dict[str, Any]:
+        """What `Rows.extend` is told of `count` new tokens; most steps are alike."""
+        asked = (batch, count, exact, self.device)
+        if self._known is None or self._known[0] != asked:
+            spec = {
+                f"{role}.{name}": (torch.Size((batch, count, *shape)), dtype, self.device)
+                for role, quantizer in self.quantizers.items()
+                for name, (shape, dtype) in quantizer.row_spec(exact).items()
+            }
+            self._known = (asked, spec)
+        return self._known[1]
+
+    def _keep_sinks(self, new: Mapping[str, Tensor]) -> None:
         """Copy the first real tokens of each row, with their slots, until every row has its `sinks`."""
         batch = new["key"].shape[0]
         if self.sink_count is None:
@@ -274,7 +280,9 @@ class PackedLayer(TapLayer):
         """What attention over the last `count` tokens reads; `positions [B or 1, count]` are those tokens'."""
         window = min(count, self.window.length)
         packed = count - window
-        recent = self.window.read(self.window.length - window, self.window.length) if window else {}
+        recent: Mapping[str, Tensor] = {}
+        if window:
+            recent = self.window.read(self.window.length - window, self.window.length)
         return PackedView(
             key=self.quantizers["key"],
             value=self.quantizers["value"],
@@ -286,7 +294,6 @@ class PackedLayer(TapLayer):
             recent_key=recent.get("key"),
             recent_value=recent.get("value"),
             positions=positions,
-            flat=self.packed.flat(self.packed.length - packed) if self.device.type == "cpu" else None,
         )
 
     @property

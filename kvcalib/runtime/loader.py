@@ -213,15 +213,14 @@ class _PackedAttention:
         positions = cache.extend_positions(layer.seen, current)
         if count < layer.seen:
             positions = positions[:, layer.seen - count :]
-        query = call.rotate_new(call.query)
         if isinstance(layer, ExactLayer):
             key, value = layer.read(count)
-            return call.plain(query, call.rotate_at(key, positions), value)
+            return call.plain(call.rotate_new(call.query), call.rotate_at(key, positions), value)
         if self.exact_prefill and new > 1:
             if count == new:
-                return call.plain(query, call.rotate_new(call.key), call.value)
-            return attend_packed(call, query, with_exact(layer.view(count, positions), call.key, call.value)), None
-        return attend_packed(call, query, layer.view(count, positions)), None
+                return call.plain(call.rotate_new(call.query), call.rotate_new(call.key), call.value)
+            return attend_packed(call, with_exact(layer.view(count, positions), call.key, call.value)), None
+        return attend_packed(call, layer.view(count, positions)), None
 
 
 def _valid(mask: Tensor | None) -> Tensor | None:

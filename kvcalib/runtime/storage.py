@@ -8,15 +8,41 @@ never larger than that: `nbytes` is what the process really holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MIN_ROOM = 64
-Flat = tuple[Any, int, int, int]
-"""Memory as one row of numbers (two-byte floats as uint16, words as uint32), strides of batch row and token, and where
-the first token lies."""
+
+
+class Slices(Mapping[str, Tensor]):
+    """Tokens `start..stop` of every tensor of `rows`, as views that are made when they are asked for.
+
+    Valid until the rows change.
+    """
+
+    def __init__(self, rows: Rows, start: int, stop: int) -> None:
+        self._rows, self._start, self._stop = rows, start, stop
+
+    def __getitem__(self, name: str) -> Tensor:
+        first = self._rows._first
+        return self._rows._buffers[name][:, first + self._start : first + self._stop]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows._buffers)
+
+    def __len__(self) -> int:
+        return len(self._rows._buffers)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of one tensor."""
+        return self._rows._buffers[name].dtype
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """Address of the first token of one tensor, and the steps, in elements, between rows and tokens."""
+        return self._rows.place(name, self._start)
 
 
 class Rows:
@@ -27,23 +53,22 @@ class Rows:
         self.min_room = min_room
         self._first = 0
         self._buffers: dict[str, Tensor] = {}
-        self._memory: dict[str, tuple[Tensor, Any]] = {}
+        self._places: dict[str, tuple[int, int, int, int]] = {}
 
-    def flat(self, start: int) -> dict[str, Flat]:
-        """Every tensor as compiled code takes it, from token `start` on; on a CPU only."""
-        found: dict[str, Flat] = {}
-        for name, buffer in self._buffers.items():
-            known = self._memory.get(name)
-            if known is None or known[0] is not buffer:
-                # A buffer's memory is looked up once; most steps write where the last one did.
-                known = self._memory[name] = (buffer, flat_memory(buffer))
-            step = buffer.stride(1)
-            found[name] = (known[1], buffer.stride(0), step, (self._first + start) * step)
-        return found
+    def place(self, name: str, start: int) -> tuple[int, int, int]:
+        """Address of token `start` of one tensor, and the steps, in elements, between batch rows and tokens."""
+        known = self._places.get(name)
+        if known is None:
+            # Looked up once: most steps write where the last one did.
+            buffer = self._buffers[name]
+            row, token = buffer.stride()[:2]
+            known = self._places[name] = (buffer.data_ptr(), row, token, token * buffer.element_size())
+        address, row, token, size = known
+        return address + (self._first + start) * size, row, token
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has memory of its own.
-        return self.__dict__ | {"_memory": {}}
+        return self.__dict__ | {"_places": {}}
 
     @property
     def batch(self) -> int:
@@ -65,10 +90,11 @@ class Rows:
         if self._buffers and stop > next(iter(self._buffers.values())).shape[1]:
             room = max(room, self.length + max(self.min_room, self.length // 8))
             self._buffers = {name: self._moved(buffer, room) for name, buffer in self._buffers.items()}
-            self._memory = {}
+            self._places = {}
             self._first = 0
         for name, (shape, dtype, device) in new.items():
             if name not in self._buffers:
+                self._places = {}
                 self._buffers[name] = torch.empty(shape[0], room, *shape[2:], dtype=dtype, device=device)
         self.length += count
 
@@ -77,17 +103,16 @@ class Rows:
         grown[:, : self.length] = buffer[:, self._first : self._first + self.length]
         return grown
 
-    def read(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Tokens `start..stop` of every tensor, as views."""
-        first = self._first
-        return {name: buffer[:, first + start : first + stop] for name, buffer in self._buffers.items()}
+    def read(self, start: int, stop: int) -> Slices:
+        """Tokens `start..stop` of every tensor."""
+        return Slices(self, start, stop)
 
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on; give memory back once three quarters of it are spare."""
         self.length = min(self.length, length)
         if self._buffers and self.length < next(iter(self._buffers.values())).shape[1] // 4:
             self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
-            self._memory = {}
+            self._places = {}
             self._first = 0
 
     def drop(self, count: int) -> None:
@@ -97,7 +122,7 @@ class Rows:
         self.length -= count
         if self._first > max(self.min_room, self.length // 8):
             self._buffers = {name: self._moved(buffer, self.length) for name, buffer in self._buffers.items()}
-            self._memory = {}
+            self._places = {}
             self._first = 0
 
     def select(self, indices: Tensor) -> None:
@@ -105,12 +130,12 @@ class Rows:
         # Spare room and all: beam search selects before every append.
         for name, buffer in self._buffers.items():
             self._buffers[name] = buffer.index_select(0, indices.to(buffer.device))
-        self._memory = {}
+        self._places = {}
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor."""
         self._buffers = {name: buffer.to(device) for name, buffer in self._buffers.items()}
-        self._memory = {}
+        self._places = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, spare room included."""
@@ -120,13 +145,3 @@ class Rows:
     def nbytes(self) -> int:
         """Bytes held, spare room included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
-
-
-def flat_memory(x: Tensor) -> Any:
-    """The numbers of a contiguous tensor in one row, as numpy holds them: bytes, uint16 or uint32."""
-    row = x.reshape(-1)
-    if x.element_size() == 1:
-        return row.view(torch.uint8).numpy()
-    if x.dtype == torch.int16:
-        return row.numpy()
-    return row.view(torch.int16).numpy().view("uint16") if x.element_size() == 2 else row.numpy().view("uint32")

@@ -57,7 +57,7 @@ def stored(q, x, dtype):
     rows.extend(spec)
     for t in rows.tensors().values():
         t.fill_(77)
-    store(q, torch.stack([x.flip(0), x]), dtype, rows.flat(3))
+    store(q, torch.stack([x.flip(0), x]), dtype, rows.read(3, len(x) + 3))
     found = rows.read(0, len(x) + 3)
     for t in found.values():
         assert bool((t[:, :3] == 77).all()), "earlier tokens were overwritten"

@@ -1,13 +1,15 @@
 """The compiled CPU attention against attention in float64 over what the rows decode to."""
 
 import copy
+import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from kvcalib.model.angles import Angles
-from kvcalib.runtime import native, paths
+from kvcalib.runtime import native, paths, team
 from kvcalib.runtime.kernels.view import PackedView
 from kvcalib.runtime.storage import Rows
 from tests.runtime.test_encode import quantizer
@@ -97,6 +99,8 @@ def check(view, key, value, angles, queries=1, group=2, mask=None, tolerance=3e-
     elif mask is not None:
         allowed, bias = mask > -1e30, mask.double()
     found = native.native_attention(query, view, angles, mask, 0.3, **options)
+    turned = native.native_attention(plain.transpose(1, 2), view, angles, mask, 0.3, rotate=True, **options)
+    assert (found - turned).abs().max() < tolerance * max(1.0, float(value.abs().max()))
     expected = reference(query, key, value, angles, view.positions, allowed, 0.3, bias=bias, **options)
     assert found.shape == (batch, queries, heads * group, DIM)
     assert (found - expected).abs().max() < tolerance * max(1.0, float(value.abs().max()))
@@ -171,8 +175,11 @@ def test_softcap_and_sink_logits(options):
     check(*make_view(100, 3), turning(), queries=2, **options)
 
 
+@pytest.mark.parametrize("openmp", [True, False])
 @pytest.mark.parametrize("threads", [1, 3, 8])
-def test_threads_do_not_change_the_result(threads):
+def test_threads_do_not_change_the_result(threads, openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
     view, key, value = make_view(1000, 3, batch=1, heads=1)
     before = torch.get_num_threads()
     try:
@@ -181,6 +188,16 @@ def test_threads_do_not_change_the_result(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(a, b)
+
+
+def test_every_thread_of_the_team_is_called():
+    seen = []
+    loop = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda data: seen.append(data))
+    address = ctypes.cast(loop, ctypes.c_void_p).value
+    for threads in (1, 3):
+        seen.clear()
+        team.run(SimpleNamespace(address=address), 77, threads)
+        assert seen == [77] * threads
 
 
 def test_equal_values_keep_their_outlier():
@@ -210,9 +227,11 @@ def test_a_copied_cache_writes_into_its_own_memory():
     rows = Rows()
     rows.append({"x": torch.zeros(1, 200, 4)})
     rows.append({"x": torch.zeros(1, 1, 4)})
-    rows.flat(0)
+    rows.place("x", 0)
     other = copy.deepcopy(rows)
     for mine, value in ((rows, 1.0), (other, 2.0)):
-        mine.flat(0)["x"][0][:] = np.float32(value).view(np.uint32)
+        address, _, step = mine.place("x", 0)
+        assert step == 4
+        (ctypes.c_float * (201 * 4)).from_address(address)[:] = [value] * (201 * 4)
     assert bool((rows.read(0, 201)["x"] == 1).all())
     assert bool((other.read(0, 201)["x"] == 2).all())

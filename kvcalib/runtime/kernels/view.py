@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.storage import Flat
 
 
 @dataclass
@@ -26,12 +26,11 @@ class PackedView:
         sink_key, sink_value: `[B, s, H, D]` exact tokens (keys un-rotated) that replace packed ones.
         sink_slot: `[B, s]` int32, the slot each of them replaces, -1 where unused.
         recent_key, recent_value: `[B, w, H, D]` exact tokens (keys un-rotated).
-        flat: the memory under `rows`, for compiled code on a CPU that would have to look it up at every step.
     """
 
     key: Quantizer
     value: Quantizer
-    rows: dict[str, Tensor]
+    rows: Mapping[str, Tensor]
     length: int
     positions: Tensor
     sink_key: Tensor | None = None
@@ -39,7 +38,6 @@ class PackedView:
     sink_slot: Tensor | None = None
     recent_key: Tensor | None = None
     recent_value: Tensor | None = None
-    flat: dict[str, Flat] | None = None
 
     @property
     def total(self) -> int:
