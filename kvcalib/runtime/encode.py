@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import numba
 import numpy as np
 import torch
-from numba.core import types
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
@@ -131,7 +130,7 @@ def _halves(address: Any) -> Any:
     return numba.carray(pointer(address), 1 << 40, dtype=np.uint16)  # type: ignore[call-arg]
 
 
-@numba.njit(types.void(types.int64), nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True)
 def _store(address: Any) -> None:
     """Quantize and write the tokens of the `CALL` at `address`."""
     call = numba.carray(pointer(address), 1, dtype=CALL)[0]  # type: ignore[call-arg]

@@ -24,7 +24,7 @@ from kvcalib.quant.packing import MAX_PLANES
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime import team
 from kvcalib.runtime.kernels.view import PackedView
-from kvcalib.runtime.native_loops import LANES, NOTHING, STORED, TILE, join, work
+from kvcalib.runtime.native_loops import LANES, NOTHING, STORED, TILE, loops
 from kvcalib.runtime.storage import Slices
 
 MOST_ROWS = 32
@@ -130,6 +130,7 @@ def native_attention(
     numbers += (*_bits(scaling, softcap or 0.0), *key.numbers, *value.numbers)
     call = array("q", numbers)
     data = call.buffer_info()[0]
+    work, join = loops()
     team.run(work, data, 1 if tiles * pairs <= ALONE else min(threads, pairs * splits))
     if splits > 1:
         team.run(join, data, 1)

@@ -13,6 +13,7 @@ time on taking them than a short context takes.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -517,8 +518,7 @@ def _join(call: Any, batch: Any, head: Any) -> None:
                 line[c] *= inverse
 
 
-@numba.cfunc(types.void(types.int64), cache=True)
-def work(address: Any) -> None:
+def _work(address: Any) -> None:
     """Take tasks of the `CALL` at `address`, a split of a row's kv head each, until none is left.
 
     Every thread of the team calls this; `next` is the first of the record's numbers.
@@ -536,10 +536,16 @@ def work(address: Any) -> None:
             _join(call, batch, head)
 
 
-@numba.cfunc(types.void(types.int64), cache=True)
-def join(address: Any) -> None:
+def _join_all(address: Any) -> None:
     """Join the splits of every row and kv head."""
     call = numba.carray(pointer(address), 1, dtype=CALL)[0]  # type: ignore[call-arg]
     for batch in range(call.batch):
         for head in range(call.kv_heads):
             _join(call, batch, head)
+
+
+@lru_cache(maxsize=1)
+def loops() -> tuple[Any, Any]:
+    """`_work` and `_join_all` as C functions; compiled, or read from numba's cache, when first asked for."""
+    made = numba.cfunc(types.void(types.int64), cache=True)
+    return made(_work), made(_join_all)
