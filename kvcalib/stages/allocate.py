@@ -1,30 +1,39 @@
 """Stage `allocate`: codebooks and a budget to a width for every channel.
 
-`allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8; its metadata the
-settings, predicted loss, the bound below which no plan of the budget can lie, and the curve of loss against budget.
+`allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8: 0..8, or 16 throughout
+a layer that stays exact. Its metadata is `Allocation`. How widths are found is `allocators.py`; this stage turns a
+budget in effective bits into code bits, counting every byte, and records the plan and its plot.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from kvcalib.allocation.fisher import Per, Table, allocate
-from kvcalib.calibration.statistics import Calibration, rope_pairs
-from kvcalib.errors import InputError
+from kvcalib.allocation.fisher import Per
+from kvcalib.calibration.statistics import Calibration
+from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_tensors
+from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import ALLOCATION, CALIBRATION, CODEBOOKS, RunDir
-from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role
+from kvcalib.stages.allocators import Allocator, Name, Proposal, by_loss, by_qaq, loss_tables, predicted
+from kvcalib.stages.fit_nuq import ROLES, Codebooks
 from kvcalib.stages.progress import note
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 POSITION_BITS = 32
+EXACT = 16
+"""The width of every channel of a layer that stays exact."""
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
+
+Method = Literal["fisher", "kl", "qaq"]
+Widths = dict[Name, Tensor]
 
 
 class AllocateSettings(BaseModel):
@@ -34,15 +43,45 @@ class AllocateSettings(BaseModel):
 
     budget: float | None = Field(default=None, gt=0, description="Effective bits: every byte of the cache counted.")
     widths: float | None = Field(default=None, ge=0, le=8, description="Mean code width; overheads come on top.")
-    method: Literal["fisher"] = "fisher"
-    per: Per = "channel"
+    method: Method = "fisher"
+    per: Per = Field(default="channel", description="What takes one width; channel if not given, for qaq head.")
     group: Literal[0, 16] = 16
+    exact_layers: tuple[int, ...] = Field(default=(), description="Layers that stay exact, at 16 bits.")
+    as_published: bool = Field(default=False, description="qaq by the arithmetic of the paper's code.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("per") is None:
+            return {**given, "per": "head" if given.get("method") == "qaq" else "channel"}
+        return given
 
     @model_validator(mode="after")
     def _one(self) -> AllocateSettings:
         if (self.budget is None) == (self.widths is None):
             raise ValueError("give one of --budget (effective bits) and --widths (mean code width)")
+        if self.method == "qaq" and self.per == "channel":
+            raise ValueError("--per is channel, but qaq's bounds are of whole heads; give --per head or --per layer")
+        if self.as_published and self.method != "qaq":
+            raise ValueError(f"--as-published is about qaq, --method is {self.method}; give --method qaq")
         return self
+
+
+class LayerPlan(BaseModel):
+    """Mean code widths of one layer, and its predicted losses in nats per token; 16 bits and no loss if exact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: int
+    key_bits: float
+    value_bits: float
+    key_loss: float
+    value_loss: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layer is not quantized."""
+        return self.key_bits == self.value_bits == EXACT
 
 
 class Allocation(BaseModel):
@@ -51,14 +90,18 @@ class Allocation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: AllocateSettings
-    mean_width: float
+    codebooks: str = Field(description="Which codebooks the widths are for: the hash of their file.")
+    mean_width: float = Field(description="Of the channels of all layers that are not exact.")
     effective_bits: float = Field(description="Of a long cache without sinks, recent window and spare room.")
     loss: float = Field(description="Predicted loss of the plan, nats per token.")
-    bound: float = Field(description="No plan of this budget and these units has a smaller predicted loss.")
-    curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the best plans.")
+    bound: float | None = Field(description="No plan of this budget and these units has less, where that is known.")
+    curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the method's plans.")
+    layers: list[LayerPlan]
 
-
-Widths = dict[tuple[int, Role], Tensor]
+    @property
+    def gap(self) -> float:
+        """How far above the best plan's loss this one's can be, as a share; 0 where nothing is known."""
+        return 0.0 if self.bound is None else max(0.0, self.loss / max(self.bound, 1e-300) - 1)
 
 
 def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths]:
@@ -69,45 +112,29 @@ def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths
     """
     codebooks = Codebooks.load(run_dir)
     recorded = {**settings.model_dump(), "codebooks": _codebooks_hash(run_dir), "stage_version": STAGE_VERSION}
+    recorded["exact_layers"] = sorted(set(settings.exact_layers))
     with run_dir.lock():
         if run_dir.up_to_date("allocate", recorded):
             note("allocate: up to date")
             return load(run_dir)
         calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        names = [(layer, role) for layer in codebooks.layers for role in ROLES]
-        pairs = {shape.index: torch.tensor(rope_pairs(shape.partner)) for shape in calibration.info.layers}
-        tables = [
-            Table(codebooks.get(layer, role, "loss"), pairs[layer] if role == "key" else None) for layer, role in names
-        ]
-        elements = sum(t.loss[0].numel() for t in tables)
-        fixed = _overhead_bits(codebooks)
-        smallest, largest = fixed / elements, fixed / elements + 8
-        if settings.budget is not None and not smallest <= settings.budget <= largest:
-            raise InputError(
-                f"allocate: the budget is {settings.budget:g} effective bits; with {codebooks.settings.outliers:g} "
-                f"outliers the smallest plan has {smallest:.3f} and the largest {largest:.3f}; choose one between, or "
-                "fit with fewer outliers"
-            )
-        room = round(settings.widths * elements) if settings.widths is not None else 0
-        if settings.budget is not None:
-            room = int(settings.budget * elements - fixed)
-        while True:
-            chosen, plan = allocate(tables, room, settings.per, settings.group)
-            widths: Widths = dict(zip(names, chosen, strict=True))
-            bits = effective_bits(codebooks, widths)
-            excess = 0 if settings.budget is None else bits - settings.budget
-            if excess <= 1e-9 or room == 0:
-                break
-            # Rows are whole words: what rounding added comes off the budget of the codes.
-            room = max(0, room - max(1, int(excess * elements)))
-        curve = [(mean, allocate(tables, int(mean * elements), settings.per, settings.group)[1].loss) for mean in CURVE]
+        tables = loss_tables(codebooks, calibration, _quantized(codebooks, settings))
+        if settings.method == "qaq":
+            propose = by_qaq(codebooks, calibration, tables, settings.per, settings.as_published)  # type: ignore[arg-type]
+        else:
+            propose = by_loss(tables, settings.per, settings.group)
+        plan, widths, bits = fit(propose, codebooks, settings)
+        elements = sum(w.numel() for w in plan.widths.values())
+        losses = predicted(tables, plan.widths)
         allocation = Allocation(
             settings=settings,
-            mean_width=sum(int(w.sum()) for w in chosen) / elements,
+            codebooks=_codebooks_hash(run_dir),
+            mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
             effective_bits=bits,
             loss=plan.loss,
             bound=plan.bound,
-            curve=curve,
+            curve=_curve(propose, elements),
+            layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
         )
         tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
         write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
@@ -115,23 +142,103 @@ def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths
     return allocation, widths
 
 
+def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) -> tuple[Proposal, Widths, float]:
+    """The method's plan within the budget, the widths of all layers, exact ones included, and their effective bits.
+
+    Raises:
+        InputError: no plan of the method has so few bits, or so many.
+    """
+    exact = _exact(codebooks, settings)
+    quantized = [(layer, role) for layer in _quantized(codebooks, settings) for role in ROLES]
+    elements = sum(codebooks.get(*name, "weight").numel() for name in quantized)
+    everything = elements + sum(w.numel() for w in exact.values())
+    fixed = sum(row_bits(codebooks.quantizer(*name, 0)) for name in quantized) + POSITION_BITS
+    fixed += EXACT * (everything - elements)
+    if settings.budget is None:
+        room = round((settings.widths or 0.0) * elements)
+    else:
+        smallest, largest = fixed / everything, (fixed + MAX_BITS * elements) / everything
+        if not smallest <= settings.budget <= largest:
+            kept = f" and layers {sorted({layer for layer, _ in exact})} exact" if exact else ""
+            raise InputError(
+                f"allocate: the budget is {settings.budget:g} effective bits; with {codebooks.settings.outliers:g} "
+                f"outliers{kept} the smallest plan has {smallest:.3f} and the largest {largest:.3f}; choose one "
+                f"between, or fit with fewer outliers"
+            )
+        room = int(settings.budget * everything - fixed)
+    while True:
+        try:
+            plan = propose(room)
+        except InputError as error:
+            given = f"--widths {settings.widths}" if settings.budget is None else f"--budget {settings.budget:g}"
+            raise InputError(
+                f"allocate: {given} leaves {room} code bits per token, {room / elements:.3f} a channel: {error}; "
+                "give another budget or method"
+            ) from None
+        widths: Widths = {**plan.widths, **exact}
+        bits = effective_bits(codebooks, widths)
+        excess = 0 if settings.budget is None else bits - settings.budget
+        if excess <= 1e-9 or room == 0:
+            return plan, dict(sorted(widths.items())), bits
+        # Rows are whole words: what rounding added comes off the budget of the codes.
+        room = max(0, room - max(1, int(excess * everything)))
+
+
 def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
     """The widths in a run.
 
     Raises:
         InputError: there are none, or they were chosen for other codebooks than those there now.
+        CorruptFile: a layer is missing or unknown, or a width is none that the storage knows.
     """
-    if run_dir.settings("allocate")["codebooks"] != _codebooks_hash(run_dir):
-        raise InputError(
-            f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
-            "run `kvcalib allocate` on this folder again"
-        )
-    tensors, found = read_tensors(run_dir.file(ALLOCATION))
-    widths: Widths = {}
-    for name, tensor in tensors.items():
-        _, layer, role, _ = name.split(".")
-        widths[(int(layer), "key" if role == "key" else "value")] = tensor
-    return Allocation.model_validate(found), widths
+    expected = _codebooks_hash(run_dir)
+    path = run_dir.file(ALLOCATION)
+    other = (
+        f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
+        "run `kvcalib allocate` on this folder again"
+    )
+    if run_dir.settings("allocate")["codebooks"] != expected:
+        raise InputError(other)
+    tensors, found = read_tensors(path)
+    try:
+        allocation = Allocation.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{path}: {where}: {first['msg']}; run `kvcalib allocate` on this folder again") from None
+    if allocation.codebooks != expected:
+        raise InputError(other)
+    return allocation, _checked(path, tensors, Codebooks.load(run_dir))
+
+
+def is_exact(widths: Tensor) -> bool:
+    """Whether a layer's keys or values of these widths stay exact."""
+    return bool((widths == EXACT).all())
+
+
+def _checked(path: Path, tensors: dict[str, Tensor], codebooks: Codebooks) -> Widths:
+    """The widths of every layer of `codebooks`, or CorruptFile with what is wrong."""
+    again = "run `kvcalib allocate` on this folder again"
+    names = {f"layers.{layer}.{role}.widths": (layer, role) for layer in codebooks.layers for role in ROLES}
+    for name in sorted(set(names) ^ set(tensors)):
+        what = "is missing" if name in names else "is no layer's of the codebooks"
+        raise CorruptFile(f"{path}: {name} {what}; {again}")
+    for name, (layer, role) in names.items():
+        found, shape = tensors[name], codebooks.get(layer, role, "weight").shape
+        if found.shape != shape or found.dtype != torch.uint8:
+            raise CorruptFile(
+                f"{path}: {name} is {str(found.dtype).removeprefix('torch.')} {list(found.shape)}, expected uint8 "
+                f"{list(shape)}; {again}"
+            )
+        other = tensors[f"layers.{layer}.{'value' if role == 'key' else 'key'}.widths"]
+        wrong = (found > MAX_BITS).nonzero()
+        if len(wrong) and not (is_exact(found) and is_exact(other)):
+            head, channel = wrong[0].tolist()
+            raise CorruptFile(
+                f"{path}: {name}[{head}][{channel}] is {found[head, channel].item()}, expected 0..{MAX_BITS}, or "
+                f"{EXACT} in all keys and values of the layer; {again}"
+            )
+    return {name: tensors[tensor] for tensor, name in names.items()}
 
 
 def row_bits(quantizer: Quantizer) -> int:
@@ -141,16 +248,53 @@ def row_bits(quantizer: Quantizer) -> int:
 
 
 def effective_bits(codebooks: Codebooks, widths: Widths) -> float:
-    """Bits of a token's rows in all layers, and of its position, per key or value element."""
-    total = sum(row_bits(codebooks.quantizer(layer, role, w)) for (layer, role), w in widths.items())
-    return (total + POSITION_BITS) / sum(w.numel() for w in widths.values())
+    """Bits of a token's rows in all layers, and of its position, per key or value element; exact ones have 16."""
+    total = POSITION_BITS
+    for (layer, role), chosen in widths.items():
+        exact = is_exact(chosen)
+        total += EXACT * chosen.numel() if exact else row_bits(codebooks.quantizer(layer, role, chosen))
+    return total / sum(w.numel() for w in widths.values())
 
 
-def _overhead_bits(codebooks: Codebooks) -> int:
-    """Bits of a token that no width changes: outliers, zeros, scales, its position."""
-    nothing = (row_bits(codebooks.quantizer(layer, role, 0)) for layer in codebooks.layers for role in ROLES)
-    return sum(nothing) + POSITION_BITS
+def _quantized(codebooks: Codebooks, settings: AllocateSettings) -> list[int]:
+    """The layers that are not kept exact."""
+    unknown = sorted(set(settings.exact_layers) - set(codebooks.layers))
+    if unknown:
+        raise InputError(f"--exact-layers names {unknown}, the run has layers {codebooks.layers}; name some of these")
+    left = [layer for layer in codebooks.layers if layer not in settings.exact_layers]
+    if not left:
+        raise InputError("--exact-layers names every layer of the run; leave at least one to be quantized")
+    return left
 
 
-def _codebooks_hash(run_dir: RunDir) -> Any:
-    return (run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS)
+def _exact(codebooks: Codebooks, settings: AllocateSettings) -> Widths:
+    return {
+        (layer, role): torch.full(codebooks.get(layer, role, "weight").shape, EXACT, dtype=torch.uint8)
+        for layer in sorted(set(settings.exact_layers))
+        for role in ROLES
+    }
+
+
+def _curve(propose: Allocator, elements: int) -> list[tuple[float, float]]:
+    """Predicted loss at `CURVE`; widths of which the method has no plan are left out."""
+    found = []
+    for mean in CURVE:
+        try:
+            found.append((mean, propose(int(mean * elements)).loss))
+        except InputError:
+            continue
+    return found
+
+
+def _layer_plan(layer: int, widths: Widths, losses: dict[Name, float]) -> LayerPlan:
+    return LayerPlan(
+        index=layer,
+        key_bits=float(widths[layer, "key"].float().mean()),
+        value_bits=float(widths[layer, "value"].float().mean()),
+        key_loss=losses.get((layer, "key"), 0.0),
+        value_loss=losses.get((layer, "value"), 0.0),
+    )
+
+
+def _codebooks_hash(run_dir: RunDir) -> str:
+    return str((run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS))
