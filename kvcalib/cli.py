@@ -26,6 +26,7 @@ from kvcalib.errors import InputError, KvcalibError
 
 if TYPE_CHECKING:
     from kvcalib.evaluation.perplexity import Evaluation
+    from kvcalib.stages.check import Checked
 
 
 class Commands(typer.core.TyperGroup):
@@ -325,9 +326,25 @@ def allocate(
     as_published: Annotated[
         bool, typer.Option("--as-published", help="qaq by the arithmetic of the paper's code, for comparison.")
     ] = False,
+    check: Annotated[int, typer.Option(min=0, help="Measure this many plans on held-out text and keep the best.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="File of the plot; default: allocation.svg in the run.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to measure with (kl, --check); default: the one the run names.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure on; default: what follows the calibration's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on.")] = 8,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Their tokens; default: as calibrated.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
 ) -> None:
     """Widths for every layer, keys and values, head and channel: the least predicted loss within a budget."""
     with _errors():
+        _quiet_libraries()
         from kvcalib.rundir import RunDir
         from kvcalib.stages import allocate as stage
 
@@ -335,7 +352,11 @@ def allocate(
             stage.AllocateSettings, budget=budget, widths=widths, method=method, per=per, group=group,
             exact_layers=_numbers("--exact-layers", exact_layers), as_published=as_published,
         )  # fmt: skip
-        found, chosen = stage.run(RunDir(run), settings)
+        measuring = _settings(
+            stage.MeasureSettings, model=model, data=data, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
+            batch_size=batch_size, revision=revision, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
         table = Table(title=f"mean code width and predicted loss, {settings.method} per {settings.per}")
         for column in ("layer", "keys", "by head", "loss", "values", "by head", "loss"):
             table.add_column(column, justify="right")
@@ -350,6 +371,7 @@ def allocate(
                     cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), f"{loss:.1e}"]
             table.add_row(str(layer.index), *cells)
         out_console.print(table)
+        _print_checked(found.checked)
         best = "" if found.bound is None else f", at most {found.gap:.3%} above the best plan"
         out_console.print(
             f"{found.effective_bits:.3f} effective bits, mean code width {found.mean_width:.3f}; predicted loss "
@@ -358,6 +380,21 @@ def allocate(
             soft_wrap=True,
         )
         _print_path("widths", run / "allocation.safetensors")
+        _print_path("plot", plot or run / "allocation.svg")
+
+
+def _print_checked(rows: list[Checked]) -> None:
+    if not rows:
+        return
+    table = Table(title="plans on held-out text, losses in nats per token")
+    for number, column in enumerate(("plan", "width", "effective\nbits", "predicted\nloss", "KLD", "delta\nNLL", "")):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(
+            row.plan, f"{row.mean_width:.3f}", f"{row.effective_bits:.3f}", f"{row.predicted:.5f}", f"{row.kld:.5f}",
+            f"{row.delta_nll:+.5f}", "kept" if row.kept else "",
+        )  # fmt: skip
+    out_console.print(table)
 
 
 def _numbers(option: str, given: str) -> tuple[int, ...]:

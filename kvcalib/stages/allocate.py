@@ -17,18 +17,31 @@ from torch import Tensor
 from kvcalib.allocation.fisher import Per
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
-from kvcalib.files import read_tensors, write_tensors
+from kvcalib.files import read_tensors, write_bytes, write_tensors
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.rundir import ALLOCATION, CALIBRATION, CODEBOOKS, RunDir
-from kvcalib.stages.allocators import Allocator, Name, Proposal, by_loss, by_qaq, loss_tables, predicted
+from kvcalib.report.allocation import Layer, allocation_plot
+from kvcalib.rundir import ALLOCATION, ALLOCATION_PLOT, CALIBRATION, CODEBOOKS, RunDir
+from kvcalib.stages.allocators import (
+    EXACT,
+    Allocator,
+    Name,
+    Proposal,
+    Tables,
+    by_loss,
+    by_qaq,
+    is_exact,
+    loss_tables,
+    measured_tables,
+    predicted,
+)
+from kvcalib.stages.check import Candidate, Checked, candidates, measure, proposers
 from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.measure import MeasureSettings, Subject, isolated, text_id
 from kvcalib.stages.progress import note
 
 STAGE_VERSION = 2
 POSITION_BITS = 32
-EXACT = 16
-"""The width of every channel of a layer that stays exact."""
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
 
@@ -97,6 +110,7 @@ class Allocation(BaseModel):
     bound: float | None = Field(description="No plan of this budget and these units has less, where that is known.")
     curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the method's plans.")
     layers: list[LayerPlan]
+    checked: list[Checked] = Field(default=[], description="Plans that were measured, if any; this is the best.")
 
     @property
     def gap(self) -> float:
@@ -104,42 +118,102 @@ class Allocation(BaseModel):
         return 0.0 if self.bound is None else max(0.0, self.loss / max(self.bound, 1e-300) - 1)
 
 
-def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths]:
-    """Choose widths and write them into the run.
+def run(
+    run_dir: RunDir,
+    settings: AllocateSettings,
+    measuring: MeasureSettings | None = None,
+    check: int = 0,
+    plot: Path | None = None,
+    model: Any = None,
+) -> tuple[Allocation, Widths]:
+    """Choose widths and write them into the run, and their plot beside them.
+
+    Args:
+        measuring: model and text of method kl and of `check`.
+        check: how many plans are measured on held-out text, the best of which is kept; 0 for none.
+        plot: where the plot goes; `allocation.svg` in the run if None.
+        model: the loaded model, where the caller has it already.
 
     Raises:
-        InputError: the budget is below the smallest plan or above the largest one; says which they are.
+        InputError: the budget is below the smallest plan or above the largest one; says which they are. The text or the
+            model to measure with is missing. ArtifactMismatch: the model is another one than was calibrated.
     """
     codebooks = Codebooks.load(run_dir)
-    recorded = {**settings.model_dump(), "codebooks": _codebooks_hash(run_dir), "stage_version": STAGE_VERSION}
-    recorded["exact_layers"] = sorted(set(settings.exact_layers))
+    layers = _quantized(codebooks, settings)
+    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+    recorded = {**settings.model_dump(mode="json"), "codebooks": _codebooks_hash(run_dir), "check": check}
+    recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
+    subject, texts = None, {}
+    if settings.method == "kl" or check:
+        subject = Subject(calibration.info, measuring or MeasureSettings(), model)
+        if settings.method == "kl":
+            texts["kl"] = subject.sequences()
+        if check:
+            texts["check"] = subject.sequences(after=len(texts.get("kl", ())))
+        recorded |= {f"{name}_text": [text_id(ids) for ids in found] for name, found in texts.items()}
     with run_dir.lock():
         if run_dir.up_to_date("allocate", recorded):
             note("allocate: up to date")
-            return load(run_dir)
-        calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        tables = loss_tables(codebooks, calibration, _quantized(codebooks, settings))
-        if settings.method == "qaq":
-            propose = by_qaq(codebooks, calibration, tables, settings.per, settings.as_published)  # type: ignore[arg-type]
+            allocation, widths = load(run_dir)
         else:
-            propose = by_loss(tables, settings.per, settings.group)
-        plan, widths, bits = fit(propose, codebooks, settings)
-        elements = sum(w.numel() for w in plan.widths.values())
-        losses = predicted(tables, plan.widths)
-        allocation = Allocation(
-            settings=settings,
-            codebooks=_codebooks_hash(run_dir),
-            mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
-            effective_bits=bits,
-            loss=plan.loss,
-            bound=plan.bound,
-            curve=_curve(propose, elements),
-            layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
-        )
-        tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
-        write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
-        run_dir.finish("allocate", recorded, [ALLOCATION])
+            tables = loss_tables(codebooks, calibration, layers)
+            others = {}
+            if settings.method == "kl" and subject is not None:
+                others["fisher"] = by_loss(tables, settings.per, settings.group)
+                tables = measured_tables(tables, isolated(run_dir, codebooks, layers, subject, texts["kl"]))
+            propose = _method(settings, codebooks, calibration, tables)
+            plan, widths, bits = fit(propose, codebooks, settings)
+            bound, rows = plan.bound, list[Checked]()
+            if check and subject is not None:
+                own = Candidate(_title(settings), plan, widths, bits, plan.loss)
+                others |= proposers(tables, settings.per, settings.group)
+                if settings.method == "qaq":
+                    others["fisher"] = by_loss(tables, settings.per, settings.group)
+                elif all(shape.scaling is not None for shape in calibration.info.layers):
+                    others["qaq per head"] = by_qaq(codebooks, calibration, tables, "head")
+                found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, check)
+                best, rows = measure(run_dir, found, subject, texts["check"])
+                plan, widths, bits = best.plan, best.widths, best.bits
+            losses = predicted(tables, plan.widths)
+            elements = sum(w.numel() for w in plan.widths.values())
+            allocation = Allocation(
+                settings=settings,
+                codebooks=_codebooks_hash(run_dir),
+                mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
+                effective_bits=bits,
+                loss=sum(losses.values()),
+                bound=bound,
+                curve=_curve(propose, elements),
+                layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
+                checked=rows,
+            )
+            tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
+            write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
+            run_dir.finish("allocate", recorded, [ALLOCATION])
+        write_bytes(plot or run_dir.file(ALLOCATION_PLOT), drawing(allocation).encode())
     return allocation, widths
+
+
+def _method(settings: AllocateSettings, codebooks: Codebooks, calibration: Calibration, tables: Tables) -> Allocator:
+    if settings.per != "channel" and settings.method == "qaq":
+        return by_qaq(codebooks, calibration, tables, settings.per, settings.as_published)
+    return by_loss(tables, settings.per, settings.group)
+
+
+def drawing(allocation: Allocation) -> str:
+    """The plan's plot, as the text of an SVG file."""
+    counted = f"{allocation.effective_bits:.3f} effective bits, mean code width {allocation.mean_width:.3f}"
+    note_ = f"{counted}; predicted loss {allocation.loss:.5f} nats per token"
+    best = [row for row in allocation.checked if row.kept]
+    if best:
+        note_ += f"; measured KLD {best[0].kld:.5f} (best of {len(allocation.checked)} plans: {best[0].plan})"
+    layers = [Layer(**layer.model_dump()) for layer in allocation.layers]
+    chosen = (allocation.mean_width, allocation.loss)
+    return allocation_plot(f"Allocation by {_title(allocation.settings)}", note_, layers, allocation.curve, chosen)
+
+
+def _title(settings: AllocateSettings) -> str:
+    return f"{settings.method} per {settings.per}" + " as published" * settings.as_published
 
 
 def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) -> tuple[Proposal, Widths, float]:
@@ -209,11 +283,6 @@ def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
     if allocation.codebooks != expected:
         raise InputError(other)
     return allocation, _checked(path, tensors, Codebooks.load(run_dir))
-
-
-def is_exact(widths: Tensor) -> bool:
-    """Whether a layer's keys or values of these widths stay exact."""
-    return bool((widths == EXACT).all())
 
 
 def _checked(path: Path, tensors: dict[str, Tensor], codebooks: Codebooks) -> Widths:

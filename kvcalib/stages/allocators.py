@@ -23,6 +23,8 @@ from kvcalib.quant.outliers import outlier_count
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, sample_without_sinks
 
 Name = tuple[int, Role]
+EXACT = 16
+"""The width of every channel of a layer that stays exact."""
 QUERY_SHARE = 0.9
 """QAQ takes |q|^2 so that its bounds hold for this share of the queries."""
 
@@ -44,6 +46,11 @@ class Proposal:
 Allocator = Callable[[int], Proposal]
 """From the sum of all code widths that a token may have to a proposal; InputError if no plan has so few."""
 Tables = dict[Name, Table]
+
+
+def is_exact(widths: Tensor) -> bool:
+    """Whether a layer's keys or values of these widths stay exact."""
+    return bool((widths == EXACT).all())
 
 
 def loss_tables(codebooks: Codebooks, calibration: Calibration, layers: list[int]) -> Tables:

@@ -24,7 +24,7 @@ from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pa
 from kvcalib.quant.packing import GROUP
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
-from kvcalib.stages.allocate import is_exact
+from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, predicted_total
 from kvcalib.stages.friendliness import layer_error
 
