@@ -207,7 +207,10 @@ def drawing(allocation: Allocation) -> str:
     best = [row for row in allocation.checked if row.kept]
     if best:
         note_ += f"; measured KLD {best[0].kld:.5f} (best of {len(allocation.checked)} plans: {best[0].plan})"
-    layers = [Layer(**layer.model_dump()) for layer in allocation.layers]
+    exact = [layer.index for layer in allocation.layers if layer.exact]
+    if exact:
+        note_ += f"; exact: layers {', '.join(map(str, exact))}"
+    layers = [Layer(**layer.model_dump()) for layer in allocation.layers if not layer.exact]
     chosen = (allocation.mean_width, allocation.loss)
     return allocation_plot(f"Allocation by {_title(allocation.settings)}", note_, layers, allocation.curve, chosen)
 

@@ -27,6 +27,8 @@ EXACT = 16
 """The width of every channel of a layer that stays exact."""
 QUERY_SHARE = 0.9
 """QAQ takes |q|^2 so that its bounds hold for this share of the queries."""
+QAQ_TOKENS = 2048
+"""Sampled tokens whose widths QAQ averages: 8 bits of spread over so many leave .04 bits of doubt at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,8 @@ def _heads(codebooks: Codebooks, calibration: Calibration, layer: int, as_publis
             f"{calibration.info.version}) does not record; run `kvcalib fisher` again with --overwrite, then fit-nuq"
         )
     data = calibration.layer(layer)
-    keep = sample_without_sinks(calibration, codebooks.settings.sinks)
+    # The sample is in the order of its hashes, so its first tokens are a uniform sample too.
+    keep = sample_without_sinks(calibration, codebooks.settings.sinks).nonzero()[:QAQ_TOKENS, 0]
     norm = norm_quantile(data["query.norm_histogram"], QUERY_SHARE).reshape(shape.kv_heads, -1).max(1)
     return head_statistics(
         data["sample.key"][keep],
