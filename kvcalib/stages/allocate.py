@@ -45,6 +45,9 @@ POSITION_BITS = 32
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
 
+RETRIES = 8
+"""Into how many parts the bits that whole words took are cut, to find the plan that leaves the least unused."""
+
 Method = Literal["fisher", "kl", "qaq"]
 Widths = dict[Name, Tensor]
 
@@ -243,22 +246,34 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
                 f"between, or fit with fewer outliers"
             )
         room = int(settings.budget * everything - fixed)
+
+    def attempt(room: int) -> tuple[Proposal, Widths, float]:
+        plan = propose(room)
+        widths: Widths = dict(sorted({**plan.widths, **exact}.items()))
+        return plan, widths, effective_bits(codebooks, widths)
+
+    first = room
     while True:
         try:
-            plan = propose(room)
+            found = attempt(room)
         except InputError as error:
-            given = f"--widths {settings.widths}" if settings.budget is None else f"--budget {settings.budget:g}"
+            given = f"--widths {settings.widths:g}" if settings.budget is None else f"--budget {settings.budget:g}"
             raise InputError(
                 f"allocate: {given} leaves {room} code bits per token, {room / elements:.3f} a channel: {error}; "
                 "give another budget or method"
             ) from None
-        widths: Widths = {**plan.widths, **exact}
-        bits = effective_bits(codebooks, widths)
-        excess = 0 if settings.budget is None else bits - settings.budget
+        excess = 0 if settings.budget is None else found[2] - settings.budget
         if excess <= 1e-9 or room == 0:
-            return plan, dict(sorted(widths.items())), bits
+            break
         # Rows are whole words: what rounding added comes off the budget of the codes.
         room = max(0, room - max(1, int(excess * everything)))
+    # A plan of more bits may fill its words better.
+    for step in range(1, RETRIES):
+        between = room + (first - room) * step // RETRIES
+        other = attempt(between) if between > room else found
+        if other[2] <= (settings.budget or 0) + 1e-9 and other[0].loss < found[0].loss:
+            found = other
+    return found
 
 
 def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
