@@ -65,6 +65,11 @@ class AllocateSettings(BaseModel):
     exact_layers: tuple[int, ...] = Field(default=(), description="Layers that stay exact, at 16 bits.")
     as_published: bool = Field(default=False, description="qaq by the arithmetic of the paper's code.")
 
+    @property
+    def title(self) -> str:
+        """Method and units in words."""
+        return f"{self.method} per {self.per}" + " as published" * self.as_published
+
     @model_validator(mode="before")
     @classmethod
     def _unit(cls, given: Any) -> Any:
@@ -168,7 +173,7 @@ def run(
             plan, widths, bits = fit(propose, codebooks, settings)
             bound, rows = plan.bound, list[Checked]()
             if check and subject is not None:
-                own = Candidate(_title(settings), plan, widths, bits, plan.loss)
+                own = Candidate(settings.title, plan, widths, bits, plan.loss)
                 others |= proposers(tables, settings.per, settings.group)
                 if settings.method == "qaq":
                     others["fisher"] = by_loss(tables, settings.per, settings.group)
@@ -215,11 +220,7 @@ def drawing(allocation: Allocation) -> str:
         note_ += f"; exact: layers {', '.join(map(str, exact))}"
     layers = [Layer(**layer.model_dump()) for layer in allocation.layers if not layer.exact]
     chosen = (allocation.mean_width, allocation.loss)
-    return allocation_plot(f"Allocation by {_title(allocation.settings)}", note_, layers, allocation.curve, chosen)
-
-
-def _title(settings: AllocateSettings) -> str:
-    return f"{settings.method} per {settings.per}" + " as published" * settings.as_published
+    return allocation_plot(f"Allocation by {allocation.settings.title}", note_, layers, allocation.curve, chosen)
 
 
 def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) -> tuple[Proposal, Widths, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcalib.allocation import fisher, qaq
 from kvcalib.allocation.fisher import Per, Table
 from kvcalib.allocation.kl import measured_loss
-from kvcalib.allocation.sensitivity import HeadStatistics, head_statistics
+from kvcalib.allocation.sensitivity import HeadStatistics, head_statistics, relative
 from kvcalib.calibration.statistics import Calibration, norm_quantile, rope_pairs
 from kvcalib.errors import InputError
 from kvcalib.quant.outliers import outlier_count
@@ -126,7 +126,7 @@ def _heads(codebooks: Codebooks, calibration: Calibration, layer: int, as_publis
     # The sample is in the order of its hashes, so its first tokens are a uniform sample too.
     keep = sample_without_sinks(calibration, codebooks.settings.sinks).nonzero()[:QAQ_TOKENS, 0]
     norm = norm_quantile(data["query.norm_histogram"], QUERY_SHARE).reshape(shape.kv_heads, -1).max(1)
-    return head_statistics(
+    found = head_statistics(
         data["sample.key"][keep],
         data["sample.value"][keep],
         data["sample.attention_sum"][keep],
@@ -137,3 +137,5 @@ def _heads(codebooks: Codebooks, calibration: Calibration, layer: int, as_publis
         outlier_count(codebooks.settings.outliers, shape.head_dim),
         None if as_published else data["key.sum"] / calibration.info.tokens,
     )
+    # One target for all layers means nothing unless it is relative; the paper's code takes it as it is.
+    return found if as_published else relative(found)

@@ -156,11 +156,14 @@ def test_qaqs_statistics_are_those_of_the_run(run):
     for layer in (0, 1):
         data = calibration.layer(layer)
         key = data["sample.key"].double() - data["key.sum"] / calibration.info.tokens
+        value, drawn = data["sample.value"].double(), data["sample.attention_sum"].double()
+        output = (drawn[..., None] * value).sum(0) / drawn.sum(0)[:, None]
+        value = value / (value - output).square().mean().sqrt()
         quantile = norm_quantile(data["query.norm_histogram"], 0.9).reshape(2, 2).max(1)
         heads.append(
             head_statistics(
                 key,
-                data["sample.value"],
+                value,
                 data["sample.attention_sum"],
                 data["sample.attention_peak"],
                 torch.from_numpy(quantile),
