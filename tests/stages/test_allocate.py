@@ -190,6 +190,10 @@ def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
     allocate.run(run, AllocateSettings(widths=3.0))
     with pytest.raises(InputError, match=r"scaling of layer 0.*version 2.*fisher` again with --overwrite"):
         allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
+    note["info"]["version"] = 1
+    write_tensors(run.file("calibration.safetensors"), tensors, note)
+    with pytest.raises(InputError, match=r"version is 1, expected one of \(2, 3\); run `kvcalib fisher` again"):
+        allocate.run(run, AllocateSettings(widths=2.0))
 
 
 def test_settings_that_do_not_go_together():
