@@ -5,8 +5,9 @@ are independent, of standard deviation sigma in all components of one token; the
 equally. That gives a sigma per token, a sigma gives a step, a step and the token's range a width. RoPE only turns q
 and K, so all holds for un-rotated ones.
 
-Three ways to bound: "output" limits the error of X through keys and through values; "score" is the paper's, which
-limits S for keys, all alike; "published" is the arithmetic of the paper's code.
+Ways to bound: "output" limits the error of X through keys and through values; "score" is the paper's, which limits S
+for keys, all alike; "published" is the arithmetic of the paper's code. They give a width per token. "shared" is
+"output" for tokens that share one width, as in a plan made offline: no equal shares, all errors together are limited.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kvcalib.allocation.sensitivity import HeadStatistics, finite
 from kvcalib.errors import InputError
 from kvcalib.quant.packing import MAX_BITS
 
-Bound = Literal["output", "score", "published"]
+Bound = Literal["output", "score", "published", "shared"]
 Per = Literal["head", "layer"]
 UNIFORM = math.sqrt(12)
 """Step over standard deviation of an error that is uniform over one step."""
@@ -161,10 +162,49 @@ def published_bits(span: Tensor, error: Tensor | float, lowest: int, highest: in
     return wanted.clamp(lowest, highest).long()
 
 
+def shared_errors(heads: HeadStatistics) -> tuple[Tensor, Tensor]:
+    """Variance of an element of X, through keys and through values, if all tokens of a head have one width.
+
+    Of the widths 0..8: two of float64 `[9, H]`, rising as widths fall. A token's step is its range R_t over 2^B, so
+    `sigma_t = R_t / 2^B / sqrt(12)`. Values: `var X_j = sum_t S_t^2 sigma_t^2`. Keys: with s_t = scaling |q| sigma_t
+    and the second moment that `key_sigma_by_value` inverts, `var X_j = sum_t S_t^2 (V_tj - X_j)^2 (e^(2 s_t^2) - 1)
+    / 2`. Sums are T times the sample's means.
+    """
+    step = 2.0 ** -torch.arange(MAX_BITS + 1, dtype=torch.float64)[:, None, None] / UNIFORM
+    attention = finite("attention", heads.attention)
+    score = (step * heads.key_range).square() * (heads.squared_query_norm * heads.scaling**2)
+    # Beyond e^60 a key is lost; its width is asked for all the same.
+    moment = torch.expm1((2 * score).clamp(max=60)) / 2
+    key = (attention * heads.value_distance).square() * moment
+    value = (attention * step * heads.value_range).square()
+    return heads.tokens * key.mean(1), heads.tokens * value.mean(1)
+
+
+def shared_widths(error: Tensor, target: float) -> Tensor:
+    """The width `[H]`, not rounded, at which the variances `error [9, H]` fall to `target^2`, between 0 and 8.
+
+    Between whole widths the logarithm of the variance is taken to fall in a line.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    fall = error.clamp(min=tiny).log2()
+    wanted = 2 * math.log2(target) if target < math.inf else math.inf
+    high = (fall > wanted).sum(0)  # the first width that is good enough, 9 if none is
+    low = (high - 1).clamp(0, MAX_BITS - 1)
+    above, below = (fall.gather(0, (low + i)[None])[0] for i in (0, 1))
+    inside = low + ((above - wanted) / (above - below).clamp(min=1e-12)).clamp(0, 1)
+    return torch.where(high == 0, 0.0, torch.where(high > MAX_BITS, float(MAX_BITS), inside))
+
+
 def token_widths(
     heads: HeadStatistics, target: float, bound: Bound = "output", published: Published | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Widths of each token's key and value at one target error: two of `[n, H]` int64, falling as `target` rises."""
+    """Widths of each token's key and value at one target error: two of `[n, H]` int64, falling as `target` rises.
+
+    Raises:
+        ValueError: `bound` is "shared", which knows no tokens.
+    """
+    if bound == "shared":
+        raise ValueError('bound is "shared", expected one that gives widths to tokens')
     if bound == "published":
         fixed = published or Published()
         key_error = published_key_error(target, heads.tokens, fixed.q_norm)
@@ -190,7 +230,8 @@ def allocate(
     published: Published | None = None,
     per: Per = "head",
 ) -> Allocation:
-    """One width for the keys and one for the values of every head: the mean of its tokens' widths, rounded.
+    """One width for the keys and one for the values of every head: the mean of its tokens' widths, rounded; under
+    "shared" the width at which their errors together meet the target.
 
     The target error, one for all heads, is found by bisection so that the means fit the budget; means are rounded down
     and what is left goes to the largest fractions. Where many tokens change their width at one target, the plan lies
@@ -209,11 +250,19 @@ def allocate(
     dims = torch.tensor([h.key_range.shape[1] // n * h.head_dim for h, n in zip(layers, units, strict=True)])
     dims = dims.repeat_interleave(2 * torch.tensor(units))
 
+    # Variances do not depend on the target, so they are found once.
+    errors = [shared_errors(heads) for heads in layers] if bound == "shared" else []
+
     def means(target: float) -> Tensor:
         found = []
-        for heads, count in zip(layers, units, strict=True):
-            for role in token_widths(heads, target, bound, published):
-                found.append(role.double().mean(0).view(count, -1).mean(1))
+        for layer, (heads, count) in enumerate(zip(layers, units, strict=True)):
+            if bound == "shared":
+                for error in errors[layer]:
+                    # Heads of a unit share the width at which their mean error meets the target.
+                    found.append(shared_widths(error.view(MAX_BITS + 1, count, -1).mean(2), target))
+            else:
+                for role in token_widths(heads, target, bound, published):
+                    found.append(role.double().mean(0).view(count, -1).mean(1))
         return torch.cat(found)
 
     # Keys of a wide range keep bits at any target; without a limit only the paper's code gives any.

@@ -74,6 +74,8 @@ def isolated_kl(
 ) -> Iterator[tuple[Probe, list[float]]]:
     """KL(unquantized || rounded) of every probe, summed over the tokens of each row of `ids [B, T]`, in nats.
 
+    The model is tapped until the last probe is done.
+
     Args:
         rotations: of all probed layers, as `runtime.loader.prove` returns them.
     """

@@ -167,7 +167,7 @@ def run(
             tables = loss_tables(codebooks, calibration, layers)
             others = {}
             if settings.method == "kl" and subject is not None:
-                others["fisher"] = by_loss(tables, settings.per, settings.group)
+                others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
                 tables = measured_tables(tables, isolated(run_dir, codebooks, layers, subject, texts["kl"]))
             propose = _method(settings, codebooks, calibration, tables)
             plan, widths, bits = fit(propose, codebooks, settings)
@@ -176,7 +176,7 @@ def run(
                 own = Candidate(settings.title, plan, widths, bits, plan.loss)
                 others |= proposers(tables, settings.per, settings.group)
                 if settings.method == "qaq":
-                    others["fisher"] = by_loss(tables, settings.per, settings.group)
+                    others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
                 elif all(shape.scaling is not None for shape in calibration.info.layers):
                     others["qaq per head"] = by_qaq(codebooks, calibration, tables, "head")
                 found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, check)

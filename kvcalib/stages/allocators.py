@@ -28,7 +28,7 @@ EXACT = 16
 QUERY_SHARE = 0.9
 """QAQ takes |q|^2 so that its bounds hold for this share of the queries."""
 QAQ_TOKENS = 2048
-"""Sampled tokens whose widths QAQ averages: 8 bits of spread over so many leave .04 bits of doubt at most."""
+"""Sampled tokens over which QAQ averages; the paper's code needs a search over all of them for every budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def by_qaq(
     """
     layers = sorted({layer for layer, _ in judge})
     heads = [_heads(codebooks, calibration, layer, as_published) for layer in layers]
-    bound: qaq.Bound = "published" if as_published else "output"
+    bound: qaq.Bound = "published" if as_published else "shared"
     # The paper's experiments end at 4 bits; a budget beyond needs more.
     limits = qaq.Published(highest=8) if as_published else None
 

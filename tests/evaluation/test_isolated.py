@@ -40,7 +40,7 @@ def test_equals_hooks_on_the_projections(tmp_path, sinks):
     ]
     with torch.no_grad():
         exact = model(ids).logits
-        for probe, found in isolated_kl(model, prove(model, [0, 1]), ids, probes):
+        for probe, found in list(isolated_kl(model, prove(model, [0, 1]), ids, probes)):
             attention = model.model.layers[probe.layer].self_attn
             projection = attention.k_proj if probe.role == "key" else attention.v_proj
             handle = projection.register_forward_hook(through(probe.quantizer, sinks))

@@ -172,7 +172,7 @@ def test_qaqs_statistics_are_those_of_the_run(run):
                 1,
             )
         )
-    expected = qaq.allocate(heads, 3 * 128)
+    expected = qaq.allocate(heads, 3 * 128, "shared")
     _, widths = allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
     for layer in (0, 1):
         assert widths[layer, "key"][:, 0].tolist() == expected.key[layer].tolist()
