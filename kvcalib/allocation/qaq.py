@@ -163,36 +163,23 @@ def published_bits(span: Tensor, error: Tensor | float, lowest: int, highest: in
 
 
 def shared_errors(heads: HeadStatistics) -> tuple[Tensor, Tensor]:
-    """Variance of an element of X, through keys and through values, if all tokens of a head have one width.
+    """Variance of an element of X at 0 bits, through keys and through values: two of float64 `[H]`.
 
-    Of the widths 0..8: two of float64 `[9, H]`, rising as widths fall. A token's step is its range R_t over 2^B, so
-    `sigma_t = R_t / 2^B / sqrt(12)`. Values: `var X_j = sum_t S_t^2 sigma_t^2`. Keys: with s_t = scaling |q| sigma_t
-    and the second moment that `key_sigma_by_value` inverts, `var X_j = sum_t S_t^2 (V_tj - X_j)^2 (e^(2 s_t^2) - 1)
-    / 2`. Sums are T times the sample's means.
+    With one width B for all tokens of a head a token's step is its range R_t over 2^B, its sigma_t `R_t / 2^B /
+    sqrt(12)`, and to first order `var X_j = sum_t (S_t (V_tj - X_j) scaling |q| sigma_t)^2` through keys and
+    `sum_t (S_t sigma_t)^2`, exactly, through values: 4^-B times what is returned. Sums are T times the sample's means.
+    Where steps are shared the first order is the better estimate for keys: at errors of score above 1, which
+    `key_sigma_by_value` allows to tokens of little attention only, softmax gives out.
     """
-    step = 2.0 ** -torch.arange(MAX_BITS + 1, dtype=torch.float64)[:, None, None] / UNIFORM
-    attention = finite("attention", heads.attention)
-    score = (step * heads.key_range).square() * (heads.squared_query_norm * heads.scaling**2)
-    # Beyond e^60 a key is lost; its width is asked for all the same.
-    moment = torch.expm1((2 * score).clamp(max=60)) / 2
-    key = (attention * heads.value_distance).square() * moment
-    value = (attention * step * heads.value_range).square()
-    return heads.tokens * key.mean(1), heads.tokens * value.mean(1)
+    value = finite("attention", heads.attention) * heads.value_range / UNIFORM
+    pull = heads.attention * finite("value_distance", heads.value_distance) * heads.key_range / UNIFORM
+    key = pull.square().mean(0) * heads.squared_query_norm * heads.scaling**2
+    return heads.tokens * key, heads.tokens * value.square().mean(0)
 
 
 def shared_widths(error: Tensor, target: float) -> Tensor:
-    """The width `[H]`, not rounded, at which the variances `error [9, H]` fall to `target^2`, between 0 and 8.
-
-    Between whole widths the logarithm of the variance is taken to fall in a line.
-    """
-    tiny = torch.finfo(torch.float64).tiny
-    fall = error.clamp(min=tiny).log2()
-    wanted = 2 * math.log2(target) if target < math.inf else math.inf
-    high = (fall > wanted).sum(0)  # the first width that is good enough, 9 if none is
-    low = (high - 1).clamp(0, MAX_BITS - 1)
-    above, below = (fall.gather(0, (low + i)[None])[0] for i in (0, 1))
-    inside = low + ((above - wanted) / (above - below).clamp(min=1e-12)).clamp(0, 1)
-    return torch.where(high == 0, 0.0, torch.where(high > MAX_BITS, float(MAX_BITS), inside))
+    """The width at which a variance of `error [...]` at 0 bits falls to `target^2`, not rounded, between 0 and 8."""
+    return ((error.log2() - 2 * math.log2(target)) / 2 if target < math.inf else error * 0).clamp(0, MAX_BITS)
 
 
 def token_widths(
@@ -259,7 +246,7 @@ def allocate(
             if bound == "shared":
                 for error in errors[layer]:
                     # Heads of a unit share the width at which their mean error meets the target.
-                    found.append(shared_widths(error.view(MAX_BITS + 1, count, -1).mean(2), target))
+                    found.append(shared_widths(error.view(count, -1).mean(1), target))
             else:
                 for role in token_widths(heads, target, bound, published):
                     found.append(role.double().mean(0).view(count, -1).mean(1))
