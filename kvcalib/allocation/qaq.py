@@ -5,8 +5,9 @@ are independent, of standard deviation sigma in all components of one token; the
 equally. That gives a sigma per token, a sigma gives a step, a step and the token's range a width. RoPE only turns q
 and K, so all holds for un-rotated ones.
 
-Three ways to bound: "output" limits the error of X through keys and through values; "score" is the paper's, which
-limits S for keys, all alike; "published" is the arithmetic of the paper's code.
+Ways to bound: "output" limits the error of X through keys and through values; "score" is the paper's, which limits S
+for keys, all alike; "published" is the arithmetic of the paper's code. They give a width per token. "shared" is
+"output" for tokens that share one width, as in a plan made offline: no equal shares, all errors together are limited.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from kvcalib.allocation.sensitivity import HeadStatistics, finite
 from kvcalib.errors import InputError
 from kvcalib.quant.packing import MAX_BITS
 
-Bound = Literal["output", "score", "published"]
+Bound = Literal["output", "score", "published", "shared"]
+Per = Literal["head", "layer"]
 UNIFORM = math.sqrt(12)
 """Step over standard deviation of an error that is uniform over one step."""
 DIAL = 300
@@ -160,10 +162,36 @@ def published_bits(span: Tensor, error: Tensor | float, lowest: int, highest: in
     return wanted.clamp(lowest, highest).long()
 
 
+def shared_errors(heads: HeadStatistics) -> tuple[Tensor, Tensor]:
+    """Variance of an element of X at 0 bits, through keys and through values: two of float64 `[H]`.
+
+    With one width B for all tokens of a head a token's step is its range R_t over 2^B, its sigma_t `R_t / 2^B /
+    sqrt(12)`, and to first order `var X_j = sum_t (S_t (V_tj - X_j) scaling |q| sigma_t)^2` through keys and
+    `sum_t (S_t sigma_t)^2`, exactly, through values: 4^-B times what is returned. Sums are T times the sample's means.
+    Where steps are shared the first order is the better estimate for keys: at errors of score above 1, which
+    `key_sigma_by_value` allows to tokens of little attention only, softmax gives out.
+    """
+    value = finite("attention", heads.attention) * heads.value_range / UNIFORM
+    pull = heads.attention * finite("value_distance", heads.value_distance) * heads.key_range / UNIFORM
+    key = pull.square().mean(0) * heads.squared_query_norm * heads.scaling**2
+    return heads.tokens * key, heads.tokens * value.square().mean(0)
+
+
+def shared_widths(error: Tensor, target: float) -> Tensor:
+    """The width at which a variance of `error [...]` at 0 bits falls to `target^2`, not rounded, between 0 and 8."""
+    return ((error.log2() - 2 * math.log2(target)) / 2 if target < math.inf else error * 0).clamp(0, MAX_BITS)
+
+
 def token_widths(
     heads: HeadStatistics, target: float, bound: Bound = "output", published: Published | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Widths of each token's key and value at one target error: two of `[n, H]` int64, falling as `target` rises."""
+    """Widths of each token's key and value at one target error: two of `[n, H]` int64, falling as `target` rises.
+
+    Raises:
+        ValueError: `bound` is "shared", which knows no tokens.
+    """
+    if bound == "shared":
+        raise ValueError('bound is "shared", expected one that gives widths to tokens')
     if bound == "published":
         fixed = published or Published()
         key_error = published_key_error(target, heads.tokens, fixed.q_norm)
@@ -183,9 +211,14 @@ def token_widths(
 
 
 def allocate(
-    layers: list[HeadStatistics], bits: int, bound: Bound = "output", published: Published | None = None
+    layers: list[HeadStatistics],
+    bits: int,
+    bound: Bound = "output",
+    published: Published | None = None,
+    per: Per = "head",
 ) -> Allocation:
-    """One width for the keys and one for the values of every head: the mean of its tokens' widths, rounded.
+    """One width for the keys and one for the values of every head: the mean of its tokens' widths, rounded; under
+    "shared" the width at which their errors together meet the target.
 
     The target error, one for all heads, is found by bisection so that the means fit the budget; means are rounded down
     and what is left goes to the largest fractions. Where many tokens change their width at one target, the plan lies
@@ -193,17 +226,31 @@ def allocate(
 
     Args:
         bits: sum of the widths of all channels that the plan may have, code bits per token.
+        per: what takes one width: a head, or all heads of a layer, whose tokens' widths are then averaged together.
 
     Raises:
         InputError: `bits` is less than the smallest plan takes, or more than the largest.
     """
     if not layers:
         raise InputError("there are no layers to give bits to")
-    dims = torch.cat([torch.full((2 * heads.key_range.shape[1],), heads.head_dim) for heads in layers])
+    units = [heads.key_range.shape[1] if per == "head" else 1 for heads in layers]
+    dims = torch.tensor([h.key_range.shape[1] // n * h.head_dim for h, n in zip(layers, units, strict=True)])
+    dims = dims.repeat_interleave(2 * torch.tensor(units))
+
+    # Variances do not depend on the target, so they are found once.
+    errors = [shared_errors(heads) for heads in layers] if bound == "shared" else []
 
     def means(target: float) -> Tensor:
-        widths = (token_widths(heads, target, bound, published) for heads in layers)
-        return torch.cat([role.double().mean(0) for pair in widths for role in pair])
+        found = []
+        for layer, (heads, count) in enumerate(zip(layers, units, strict=True)):
+            if bound == "shared":
+                for error in errors[layer]:
+                    # Heads of a unit share the width at which their mean error meets the target.
+                    found.append(shared_widths(error.view(count, -1).mean(1), target))
+            else:
+                for role in token_widths(heads, target, bound, published):
+                    found.append(role.double().mean(0).view(count, -1).mean(1))
+        return torch.cat(found)
 
     # Keys of a wide range keep bits at any target; without a limit only the paper's code gives any.
     limit = (published or Published()).highest if bound == "published" else MAX_BITS
@@ -225,9 +272,9 @@ def allocate(
     gap = float(dims.double() @ (fine - coarse))
     share = (bits - float(dims.double() @ coarse)) / gap if gap > 0 else 0.0
     widths = _rounded(coarse + share * (fine - coarse), dims, bits)
-    counts = [n for heads in layers for n in 2 * [heads.key_range.shape[1]]]
-    parts = widths.to(torch.uint8).split(counts)
-    return Allocation(list(parts[::2]), list(parts[1::2]), 2.0**high if high < DIAL else loosest)
+    parts = widths.to(torch.uint8).split([n for count in units for n in (count, count)])
+    whole = [part.expand(layers[i // 2].key_range.shape[1]).clone() for i, part in enumerate(parts)]
+    return Allocation(whole[::2], whole[1::2], 2.0**high if high < DIAL else loosest)
 
 
 def _rounded(wanted: Tensor, dims: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,7 @@ A uniform sample of tokens stands for all. Shapes: n sampled tokens, H kv heads,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ def head_statistics(
     tokens: int,
     scaling: float,
     outliers: int = 0,
+    key_mean: Tensor | None = None,
 ) -> HeadStatistics:
     """Statistics of one layer from its token sample.
 
@@ -85,9 +86,12 @@ def head_statistics(
         key: `[n, H, D]`. value: `[n, H, D]`.
         attention_sum: `[n, H]`, attention drawn from all queries. attention_peak: `[n, H]`, its windowed maximum.
         outliers: elements of a token's head that are kept exact and do not count to its range.
+        key_mean: `[H, D]`, taken off the keys before their range is: a codebook per channel carries each channel's
+            offset for free.
     """
+    centred = key.double() if key_mean is None else key.double() - key_mean
     return HeadStatistics(
-        key_range=element_range(key, outliers),
+        key_range=element_range(centred, outliers),
         value_range=element_range(value, outliers),
         attention=attention_peak.double(),
         value_distance=value_distance(value, attention_sum),
@@ -96,6 +100,16 @@ def head_statistics(
         head_dim=key.shape[2],
         scaling=scaling,
     )
+
+
+def relative(heads: HeadStatistics) -> HeadStatistics:
+    """The same heads with values in units of their layer's spread, the root mean square of `V_t - X`.
+
+    An error of X then counts relative to what the layer's outputs differ by at all: values twice as large, halved again
+    by the output projection, are the same model and get the same bits. Unchanged where all values are one.
+    """
+    spread = float(heads.value_distance.double().square().mean().sqrt()) or 1.0
+    return replace(heads, value_range=heads.value_range / spread, value_distance=heads.value_distance / spread)
 
 
 def element_range(x: Tensor, outliers: int = 0) -> Tensor:

@@ -42,7 +42,10 @@ class Evaluation(BaseModel):
     delta_nll: float
     kld: float
     top1_agreement: float
-    effective_bits: float = Field(description="All bytes of the packed layers times 8, per key or value element.")
+    effective_bits: float = Field(
+        description="All bytes of the packed layers times 8, per key or value element; layers that a plan kept exact "
+        "count too, at 16 bits an element."
+    )
     cache_bytes: float = Field(description="Bytes of the cache of one sequence of seq_len tokens.")
     fp16_cache_bytes: float = Field(description="The same in 16 bit.")
     seq_len: int

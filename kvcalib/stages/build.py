@@ -24,6 +24,7 @@ from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pa
 from kvcalib.quant.packing import GROUP
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, predicted_total
 from kvcalib.stages.friendliness import layer_error
 
@@ -40,7 +41,8 @@ def run(
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
 
     Args:
-        widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all.
+        widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all. A
+            layer with 16 throughout stays exact: it is left out, and the model's own cache keeps it.
 
     Raises:
         InputError: a stage before has not run. FolderInUse: `out` holds something else.
@@ -53,7 +55,10 @@ def run(
     }
     tensors: dict[str, Tensor] = {}
     layers = []
+    exact = {layer for (layer, _), w in (widths or {}).items() if is_exact(w)}
     for layer in codebooks.layers:
+        if layer in exact:
+            continue
         specs = {}
         shape = next(s for s in calibration.info.layers if s.index == layer)
         pairs: dict[Role, Tensor | None] = {"key": torch.tensor(rope_pairs(shape.partner)), "value": None}

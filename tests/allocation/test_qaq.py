@@ -1,6 +1,7 @@
 """Every bound against attention that really is disturbed, and the widths against a quantizer that really rounds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from kvcalib.allocation.qaq import (
     published_key_error,
     published_value_error,
     score_target,
+    shared_errors,
+    shared_widths,
     token_widths,
     value_sigma,
 )
@@ -230,6 +233,53 @@ def test_tokens_rounded_to_their_widths_err_at_most_as_allowed(sharp, bound):
     assert rms(torch.stack(key_errors)) < 1.3 * target
 
 
+# one width for all tokens of a head
+
+
+@pytest.mark.parametrize("sharp", [0, 0.5, 2])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_tokens_that_share_a_width_err_as_predicted(sharp, width):
+    """Each token errs uniformly over its own step."""
+    a = Attention(64, sharp)
+    spans = [element_range(x[:, None]) for x in (a.key, a.value)]
+    head = HeadStatistics(*spans, a.weight[:, None], a.distance[:, None], a.squared_norm[None], 64, DIM, SCALING)
+    key, value = (math.sqrt(error.item() * 4.0**-width) for error in shared_errors(head))
+    noise = [a.noise(span[:, 0] / 2**width / math.sqrt(12), 4000) for span in spans]
+    assert rms(torch.einsum("t,ntd->nd", a.weight, noise[1])) == pytest.approx(value, rel=0.03)
+    assert rms(a.outputs(noise[0]) - a.out) == pytest.approx(key, rel=0.05 if width == 4 else 0.25)
+
+
+def test_the_shared_width_is_where_the_error_meets_the_target():
+    error = 3 * torch.tensor([1.0, 16, 1e-9, 1e9], dtype=torch.float64)
+    for target in (0.1, 0.02):
+        for width, found in zip(shared_widths(error, target).tolist(), error.tolist(), strict=True):
+            assert found * 4.0**-width == pytest.approx(target**2) or (width, found > target**2) in (
+                (0, False),
+                (8, True),
+            )
+    assert shared_widths(error, math.inf).tolist() == [0] * 4
+    assert shared_widths(torch.zeros(2, dtype=torch.float64), 1e-9).tolist() == [0, 0]
+
+
+def test_shared_widths_leave_less_error_than_means_of_token_widths():
+    """Same budget, heads of which few tokens draw most attention: the error of the worst head's output."""
+    g = torch.Generator().manual_seed(5)
+    heads = [statistics(g, 200, 4) for _ in range(3)]
+    worst = {}
+    for bound in ("output", "shared"):
+        plan = allocate(heads, 3 * 24 * DIM, bound)
+        assert DIM * sum(int(w.sum()) for w in plan.key + plan.value) == 3 * 24 * DIM
+        errors = [
+            error * 4.0 ** -widths.double()
+            for head, pair in zip(heads, zip(plan.key, plan.value, strict=True), strict=True)
+            for error, widths in zip(shared_errors(head), pair, strict=True)
+        ]
+        worst[bound] = float(torch.cat(errors).max())
+    assert worst["shared"] < worst["output"] / 2
+    with pytest.raises(ValueError, match="expected one that gives widths to tokens"):
+        token_widths(heads[0], 0.1, "shared")
+
+
 # the paper's code
 
 
@@ -289,6 +339,20 @@ def test_one_token_alone_needs_no_key():
         key, value = token_widths(head, 0.01, bound)
         assert (key == 0).all()
         assert (value > 0).all()
+
+
+def test_what_nobody_reads_shares_no_bits():
+    g = torch.Generator().manual_seed(0)
+    for head in (
+        statistics(g, 9, 2, span=0.0),
+        replace(statistics(g, 9, 2), attention=torch.zeros(9, 2)),
+        replace(statistics(g, 1, 2, tokens=1), value_range=torch.zeros(1, 2), value_distance=torch.zeros(1, 2)),
+    ):
+        assert all(bool((error == 0).all()) for error in shared_errors(head))
+        plan = allocate([head], 64, "shared")
+        assert plan.key[0].tolist() == plan.value[0].tolist() == [0, 0]
+    silent = replace(statistics(g, 9, 2), squared_query_norm=torch.zeros(2))
+    assert bool((shared_errors(silent)[0] == 0).all())
 
 
 @pytest.mark.parametrize("bound", ["output", "score", "published"])
