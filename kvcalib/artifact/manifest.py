@@ -119,13 +119,16 @@ class Manifest(Record):
     calibration: Calibration
     fit: FitSettings
     runtime: RuntimeDefaults
+    budget: float | None = Field(
+        default=None, gt=0, description="Effective bits that were asked for; absent if none were. Informative."
+    )
     layers: list[LayerSpec]
     tensors: dict[str, TensorRecord]
     files: dict[str, Sha256] = Field(description="sha256 of the artifact's other files.")
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
-        body = self.model_dump(mode="json")
+        body = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)
         return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
 
     @property

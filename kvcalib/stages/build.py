@@ -36,11 +36,13 @@ def run(
     recent: int = 0,
     overwrite: bool = False,
     widths: dict[tuple[int, Role], Tensor] | None = None,
+    budget: float | None = None,
 ) -> Manifest:
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
 
     Args:
         widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all.
+        budget: effective bits that `widths` were chosen for, to be recorded.
 
     Raises:
         InputError: a stage before has not run. FolderInUse: `out` holds something else.
@@ -78,6 +80,7 @@ def run(
         calibration=_calibration(calibration.info, len(calibration.tensors["sample.hash"])),
         fit=codebooks.settings.manifest(),
         runtime=RuntimeDefaults(sinks=codebooks.settings.sinks, recent=recent),
+        budget=budget,
         layers=layers,
         tensors={},
         files={},
@@ -128,6 +131,7 @@ def card(manifest: Manifest) -> str:
     """The model card of an artifact, for readers and for the Hub."""
     key, value = manifest.mean_bits
     loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
+    asked = "" if manifest.budget is None else f" within {manifest.budget:g} effective bits"
     base = f"base_model: {manifest.model.name}\n" if "/" in manifest.model.name else ""
     return f"""---
 tags:
@@ -138,7 +142,7 @@ library_name: kvcalib
 
 # KV-cache quantizer for {manifest.model.name}
 
-Built by kvcalib {manifest.producer.version}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
+Built by kvcalib {manifest.producer.version}{asked}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
 {manifest.fit.format}, {100 * manifest.fit.outliers:g} % outliers, {len(manifest.layers)} of
 {manifest.model.num_hidden_layers} layers. Calibrated on {manifest.calibration.tokens} tokens of
 {manifest.calibration.data!r} (NLL {manifest.calibration.nll:.4f} nats per token). Predicted loss: {loss:.5f} nats per
