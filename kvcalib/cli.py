@@ -26,6 +26,7 @@ from kvcalib.errors import InputError, KvcalibError
 
 if TYPE_CHECKING:
     from kvcalib.evaluation.perplexity import Evaluation
+    from kvcalib.stages.check import Checked
 
 
 class Commands(typer.core.TyperGroup):
@@ -328,34 +329,96 @@ def allocate(
         float | None, typer.Option(help="Effective bits: codes, outliers, scales, positions, every byte.")
     ] = None,
     widths: Annotated[float | None, typer.Option(help="Mean code width instead; overheads come on top.")] = None,
-    per: Annotated[str, typer.Option(help="What takes one width: channel, head or layer.")] = "channel",
+    method: Annotated[
+        str, typer.Option(help="fisher (predicted loss), kl (measured with the model) or qaq (QAQ's bounds).")
+    ] = "fisher",
+    per: Annotated[
+        str | None, typer.Option(help="What takes one width: channel, head or layer; default: channel, for qaq head.")
+    ] = None,
     group: Annotated[int, typer.Option(help="Channels that share a width, for fused kernels: 16, or 0 for none.")] = 16,
+    exact_layers: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Layers that stay exact, at 16 bits, as 0,5.")
+    ] = "",
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="qaq by the arithmetic of the paper's code, for comparison.")
+    ] = False,
+    check: Annotated[int, typer.Option(min=0, help="Measure this many plans on held-out text and keep the best.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="File of the plot; default: allocation.svg in the run.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to measure with (kl, --check); default: the one the run names.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure on; default: what follows the calibration's own.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences to measure on.")] = 8,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Their tokens; default: as calibrated.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
 ) -> None:
     """Widths for every layer, keys and values, head and channel: the least predicted loss within a budget."""
     with _errors():
+        _quiet_libraries()
         from kvcalib.rundir import RunDir
         from kvcalib.stages import allocate as stage
 
-        settings = _settings(stage.AllocateSettings, budget=budget, widths=widths, per=per, group=group)
-        found, chosen = stage.run(RunDir(run), settings)
-        table = Table(title="mean code width")
-        for column in ("layer", "keys", "by head", "values", "by head"):
+        settings = _settings(
+            stage.AllocateSettings, budget=budget, widths=widths, method=method, per=per, group=group,
+            exact_layers=_numbers("--exact-layers", exact_layers), as_published=as_published,
+        )  # fmt: skip
+        measuring = _settings(
+            stage.MeasureSettings, model=model, data=data, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
+            batch_size=batch_size, revision=revision, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
+        table = Table(title=f"mean code width and predicted loss, {settings.method} per {settings.per}")
+        for column in ("layer", "keys", "by head", "loss", "values", "by head", "loss"):
             table.add_column(column, justify="right")
-        for layer in sorted({index for index, _ in chosen}):
-            cells = []
-            for role in ("key", "value"):
-                by_head = chosen[layer, role].float().mean(1)
-                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head)]
-            table.add_row(str(layer), *cells)
+        for layer in found.layers:
+            cells: list[str] = []
+            pair = chosen[layer.index, "key"], chosen[layer.index, "value"]
+            for widths_of, loss in zip(pair, (layer.key_loss, layer.value_loss), strict=True):
+                by_head = widths_of.float().mean(1)
+                if layer.exact:
+                    cells += ["exact", "16", "0"]
+                else:
+                    cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), f"{loss:.1e}"]
+            table.add_row(str(layer.index), *cells)
         out_console.print(table)
+        _print_checked(found.checked)
+        best = "" if found.bound is None else f", at most {found.gap:.3%} above the best plan"
         out_console.print(
             f"{found.effective_bits:.3f} effective bits, mean code width {found.mean_width:.3f}; predicted loss "
-            f"{found.loss:.5f} nats per token, at most {100 * (found.loss / max(found.bound, 1e-300) - 1):.3f} % above "
-            "the best plan",
+            f"{found.loss:.5f} nats per token{best}",
             highlight=False,
             soft_wrap=True,
         )
         _print_path("widths", run / "allocation.safetensors")
+        _print_path("plot", plot or run / "allocation.svg")
+
+
+def _print_checked(rows: list[Checked]) -> None:
+    if not rows:
+        return
+    table = Table(title="plans on held-out text, losses in nats per token")
+    for number, column in enumerate(("plan", "width", "effective\nbits", "predicted\nloss", "KLD", "delta\nNLL", "")):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(
+            row.plan, f"{row.mean_width:.3f}", f"{row.effective_bits:.3f}", f"{row.predicted:.5f}", f"{row.kld:.5f}",
+            f"{row.delta_nll:+.5f}", "kept" if row.kept else "",
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def _numbers(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in given.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{option} is {given!r}, expected layer indices with commas between them, as 0,5") from None
 
 
 @app.command()
@@ -375,7 +438,7 @@ def build(
         from kvcalib.rundir import RunDir
         from kvcalib.stages import allocate as allocation
         from kvcalib.stages import build as stage
-        from kvcalib.stages.dial import at_budget
+        from kvcalib.stages.dial import at_budget, budget_of
 
         uniform = _one_dial(bits, key_bits, value_bits)
         run_dir = RunDir(run)
@@ -383,10 +446,10 @@ def build(
         if bits is not None:
             found, widths = allocation.run(run_dir, at_budget(run_dir, bits))
             _print_allocated(found.effective_bits, found.mean_width, run)
-            budget = bits
+            budget = budget_of(found)
         elif not uniform and run_dir.record("allocate") is not None:
             found, widths = allocation.load(run_dir)
-            budget = found.settings.budget
+            budget = budget_of(found)
         stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget)
         _print_path("artifact", out)
 
@@ -446,7 +509,12 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
             ("model", f"{manifest.model.name} ({manifest.model.model_type})"),
             ("made by", f"kvcalib {manifest.producer.version}, format version {manifest.format_version}"),
             ("codes", f"keys {key:.2f} bit, values {value:.2f} bit, {fit.format}, weights {fit.weights}"),
-            ("budget", "none" if manifest.budget is None else f"{manifest.budget:g} effective bits of a long cache"),
+            (
+                "budget",
+                "none"
+                if manifest.budget is None
+                else f"{manifest.budget.asked:g} effective bits asked for, {manifest.budget.planned:.3f} in a long cache",
+            ),
             ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
             (
                 "exact",
@@ -615,7 +683,7 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         )  # fmt: skip
     out_console.print(table)
     for r in results:
-        if r.budget is not None and r.effective_bits > r.budget + 0.005:
+        if r.budget is not None and r.long_cache_bits is not None and r.effective_bits > r.budget + 0.005:
             out_console.print(
                 f"{Path(r.artifact).name}: sinks, a recent window and spare room add to the budget in a cache of only "
                 f"{r.seq_len} tokens; a long one has {r.long_cache_bits:.2f} effective bits",

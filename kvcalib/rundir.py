@@ -5,6 +5,8 @@
     codebooks.safetensors       `kvcalib fit-nuq`
     friendliness.json           `kvcalib friendliness`
     allocation.safetensors      `kvcalib allocate`
+    allocation.svg              its plot
+    kl.jsonl                    measurements of `kvcalib allocate --method kl`, one a line
     stages/NAME.json            the settings and inputs a stage ran with, and the hash of what it wrote
 
 A stage whose recorded settings are the same is up to date and skipped.
@@ -25,6 +27,7 @@ from kvcalib.model.identity import hash_json
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
 CALIBRATION, PARTIAL, CODEBOOKS = "calibration.safetensors", "calibration.partial.safetensors", "codebooks.safetensors"
 FRIENDLINESS, ALLOCATION = "friendliness.json", "allocation.safetensors"
+ALLOCATION_PLOT, KL_MEASURES = "allocation.svg", "kl.jsonl"
 
 
 class RunDir:

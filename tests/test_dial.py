@@ -45,7 +45,7 @@ def held(model, artifact, tokens):
 
 def test_the_default_is_two_and_a_half(home, model):
     manifest = store.read_manifest(home / "default")
-    assert manifest.budget == 2.5
+    assert manifest.budget.asked == 2.5
     assert 2.5 * 0.97 <= held(model, home / "default", 400) <= 2.5
     assert "2.50" in (home / "shown").read_text()
     measured = json.loads((home / "default.run" / "eval.json").read_text())
@@ -57,7 +57,7 @@ def test_the_default_is_two_and_a_half(home, model):
 @pytest.mark.parametrize("budget", [1.75, 2.0, 2.31, 2.9, 3.33, 4.0, 5.05, 6.5, 8.5])
 def test_what_is_asked_for_is_what_a_long_cache_has(home, model, tmp_path, budget):
     ok("build", home / "default.run", "--out", tmp_path / "a", "--bits", budget)
-    assert store.read_manifest(tmp_path / "a").budget == budget
+    assert store.read_manifest(tmp_path / "a").budget.asked == budget
     found = held(model, tmp_path / "a", 300)
     assert 0.97 * budget <= found <= budget
 
@@ -75,7 +75,7 @@ def test_a_budget_keeps_how_widths_were_chosen(home, tmp_path):
     run = home / "default.run"
     ok("allocate", run, "--budget", 3, "--per", "head")
     ok("build", run, "--out", tmp_path / "a", "--bits", 4)
-    assert store.read_manifest(tmp_path / "a").budget == 4
+    assert store.read_manifest(tmp_path / "a").budget.asked == 4
     for name, widths in store.read(tmp_path / "a")[1].items():
         if name.endswith("widths"):
             assert bool((widths == widths[:, :1]).all())
@@ -90,7 +90,7 @@ def test_a_budget_keeps_how_widths_were_chosen(home, tmp_path):
 def test_fit_nuq_takes_the_budget_too(home, tmp_path):
     assert "effective bits" in ok("fit-nuq", home / "default.run", "--bits", 3.5).stdout
     ok("build", home / "default.run", "--out", tmp_path / "a")
-    assert store.read_manifest(tmp_path / "a").budget == 3.5
+    assert store.read_manifest(tmp_path / "a").budget.asked == 3.5
 
 
 def test_code_widths_are_no_budget(home, tmp_path):
@@ -144,9 +144,9 @@ def test_a_budget_in_a_recipe(tmp_path, home):
     path.write_text(json.dumps(body | {"fisher": {"samples": 2, "seq_len": 64}}))
     ok("run", path)
     manifest = store.read_manifest(tmp_path / "a")
-    assert manifest.budget == 4
+    assert manifest.budget.asked == 4
     assert all(spec.mean_bits == int(spec.mean_bits) for layer in manifest.layers for spec in (layer.key, layer.value))
     ok("run", path, "--bits", 5.5, "--out", tmp_path / "b")
-    assert store.read_manifest(tmp_path / "b").budget == 5.5
+    assert store.read_manifest(tmp_path / "b").budget.asked == 5.5
     path.write_text(json.dumps(body | {"bits": 0.3, "allocate": None}))
     refused(2, r"bits is 0\.3; .*between 0\.5", "run", path)

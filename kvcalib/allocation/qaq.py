@@ -23,6 +23,7 @@ from kvcalib.errors import InputError
 from kvcalib.quant.packing import MAX_BITS
 
 Bound = Literal["output", "score", "published"]
+Per = Literal["head", "layer"]
 UNIFORM = math.sqrt(12)
 """Step over standard deviation of an error that is uniform over one step."""
 DIAL = 300
@@ -183,7 +184,11 @@ def token_widths(
 
 
 def allocate(
-    layers: list[HeadStatistics], bits: int, bound: Bound = "output", published: Published | None = None
+    layers: list[HeadStatistics],
+    bits: int,
+    bound: Bound = "output",
+    published: Published | None = None,
+    per: Per = "head",
 ) -> Allocation:
     """One width for the keys and one for the values of every head: the mean of its tokens' widths, rounded.
 
@@ -193,17 +198,23 @@ def allocate(
 
     Args:
         bits: sum of the widths of all channels that the plan may have, code bits per token.
+        per: what takes one width: a head, or all heads of a layer, whose tokens' widths are then averaged together.
 
     Raises:
         InputError: `bits` is less than the smallest plan takes, or more than the largest.
     """
     if not layers:
         raise InputError("there are no layers to give bits to")
-    dims = torch.cat([torch.full((2 * heads.key_range.shape[1],), heads.head_dim) for heads in layers])
+    units = [heads.key_range.shape[1] if per == "head" else 1 for heads in layers]
+    dims = torch.tensor([h.key_range.shape[1] // n * h.head_dim for h, n in zip(layers, units, strict=True)])
+    dims = dims.repeat_interleave(2 * torch.tensor(units))
 
     def means(target: float) -> Tensor:
-        widths = (token_widths(heads, target, bound, published) for heads in layers)
-        return torch.cat([role.double().mean(0) for pair in widths for role in pair])
+        found = []
+        for heads, count in zip(layers, units, strict=True):
+            for role in token_widths(heads, target, bound, published):
+                found.append(role.double().mean(0).view(count, -1).mean(1))
+        return torch.cat(found)
 
     # Keys of a wide range keep bits at any target; without a limit only the paper's code gives any.
     limit = (published or Published()).highest if bound == "published" else MAX_BITS
@@ -225,9 +236,9 @@ def allocate(
     gap = float(dims.double() @ (fine - coarse))
     share = (bits - float(dims.double() @ coarse)) / gap if gap > 0 else 0.0
     widths = _rounded(coarse + share * (fine - coarse), dims, bits)
-    counts = [n for heads in layers for n in 2 * [heads.key_range.shape[1]]]
-    parts = widths.to(torch.uint8).split(counts)
-    return Allocation(list(parts[::2]), list(parts[1::2]), 2.0**high if high < DIAL else loosest)
+    parts = widths.to(torch.uint8).split([n for count in units for n in (count, count)])
+    whole = [part.expand(layers[i // 2].key_range.shape[1]).clone() for i, part in enumerate(parts)]
+    return Allocation(whole[::2], whole[1::2], 2.0**high if high < DIAL else loosest)
 
 
 def _rounded(wanted: Tensor, dims: Tensor, bits: int) -> Tensor:

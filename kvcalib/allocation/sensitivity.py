@@ -78,6 +78,7 @@ def head_statistics(
     tokens: int,
     scaling: float,
     outliers: int = 0,
+    key_mean: Tensor | None = None,
 ) -> HeadStatistics:
     """Statistics of one layer from its token sample.
 
@@ -85,9 +86,12 @@ def head_statistics(
         key: `[n, H, D]`. value: `[n, H, D]`.
         attention_sum: `[n, H]`, attention drawn from all queries. attention_peak: `[n, H]`, its windowed maximum.
         outliers: elements of a token's head that are kept exact and do not count to its range.
+        key_mean: `[H, D]`, taken off the keys before their range is: a codebook per channel carries each channel's
+            offset for free.
     """
+    centred = key.double() if key_mean is None else key.double() - key_mean
     return HeadStatistics(
-        key_range=element_range(key, outliers),
+        key_range=element_range(centred, outliers),
         value_range=element_range(value, outliers),
         attention=attention_peak.double(),
         value_distance=value_distance(value, attention_sum),

@@ -172,6 +172,7 @@ def _shape(call: Call, sliding: int | None) -> LayerShape:
         key_bias_norm=None if bias is None else float(bias.detach().float().norm()),
         sliding=sliding,
         partner=pair_up([abs(s) - 1 for s in signed or [0] * head_dim]),
+        scaling=float(call.scaling),
     )
 
 

@@ -32,7 +32,9 @@ from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.model.identity import ModelIdentity, hash_json
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, VERSION)
+"""Versions that `load` reads; files of version 2 lack `LayerShape.scaling`, which only QAQ needs."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 
@@ -49,6 +51,9 @@ class LayerShape(BaseModel):
     key_bias_norm: float | None = Field(default=None, description="|b_k| of the key projection, if it has a bias.")
     sliding: int | None = Field(default=None, description="Tokens that a query sees, itself included; None for all.")
     partner: list[int] = Field(description="For each channel of a head the one that RoPE turns it with.")
+    scaling: float | None = Field(
+        default=None, description="What the attention multiplies q.k by, as its call said; None in files of version 2."
+    )
 
 
 def rope_pairs(partner: list[int]) -> list[tuple[int, int]]:
@@ -107,9 +112,10 @@ class Calibration:
         """
         tensors, note = read_tensors(path)
         version = note.get("info", {}).get("version")
-        if version != VERSION:
+        if version not in READABLE:
             raise CorruptFile(
-                f"{path}: calibration version is {version!r}, expected {VERSION}; run `kvcalib fisher` again"
+                f"{path}: calibration version is {version!r}, expected one of {READABLE}; run `kvcalib fisher` again "
+                "with --overwrite"
             )
         return cls(CalibrationInfo.model_validate(note["info"]), tensors), note.get("extra")
 

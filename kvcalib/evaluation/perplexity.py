@@ -44,7 +44,9 @@ class Evaluation(BaseModel):
     top1_agreement: float
     effective_bits: float = Field(description="All bytes of the packed layers times 8, per key or value element.")
     budget: float | None = Field(default=None, description="Effective bits that the artifact was asked to have.")
-    long_cache_bits: float = Field(description="Effective bits without sinks, recent window and spare room.")
+    long_cache_bits: float | None = Field(
+        default=None, description="Those of the plan for this budget, without sinks, recent window and spare room."
+    )
     cache_bytes: float = Field(description="Bytes of the cache of one sequence of seq_len tokens.")
     fp16_cache_bytes: float = Field(description="The same in 16 bit.")
     seq_len: int
@@ -114,16 +116,6 @@ def evaluate(
     ]
 
 
-def long_cache_bits(artifact: Artifact) -> float:
-    """Effective bits of a cache so long that sinks, recent window and spare room no longer count."""
-    quantizers = [quantizer for pair in artifact.quantizers.values() for quantizer in pair.values()]
-    # Outliers, zeros and scales take two bytes in every dtype; a token's position is an int32.
-    row = sum(
-        math.prod(shape) * dtype.itemsize for q in quantizers for shape, dtype in q.row_spec(torch.float16).values()
-    )
-    return 8 * (row + 4) / sum(q.layout.widths.numel() for q in quantizers)
-
-
 def _exact_bytes(cache: DynamicCache) -> float:
     """Bytes of a stock cache if its elements had 16 bits."""
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
@@ -147,7 +139,7 @@ def _result(
     if not (math.isfinite(nll) and math.isfinite(exact_nll)):
         which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
         raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
-    default = artifact.manifest.runtime
+    default, budget = artifact.manifest.runtime, artifact.manifest.budget
     return Evaluation(
         artifact=str(artifact.path or artifact.manifest.model.name),
         nll=nll,
@@ -157,8 +149,8 @@ def _result(
         kld=total["kld"] / positions,
         top1_agreement=total["agree"] / positions,
         effective_bits=held[1],
-        budget=artifact.manifest.budget,
-        long_cache_bits=long_cache_bits(artifact),
+        budget=None if budget is None else budget.asked,
+        long_cache_bits=None if budget is None else budget.planned,
         cache_bytes=held[0],
         fp16_cache_bytes=exact_bytes,
         seq_len=seq_len,

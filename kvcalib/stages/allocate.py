@@ -1,30 +1,54 @@
 """Stage `allocate`: codebooks and a budget to a width for every channel.
 
-`allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8; its metadata the
-settings, predicted loss, the bound below which no plan of the budget can lie, and the curve of loss against budget.
+`allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8: 0..8, or 16 throughout
+a layer that stays exact. Its metadata is `Allocation`. How widths are found is `allocators.py`; this stage turns a
+budget in effective bits into code bits, counting every byte, and records the plan and its plot.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from kvcalib.allocation.fisher import Per, Table, allocate
-from kvcalib.calibration.statistics import Calibration, rope_pairs
-from kvcalib.errors import InputError
-from kvcalib.files import read_tensors, write_tensors
+from kvcalib.allocation import spare
+from kvcalib.allocation.fisher import Per
+from kvcalib.calibration.statistics import Calibration
+from kvcalib.errors import CorruptFile, InputError
+from kvcalib.files import read_tensors, write_bytes, write_tensors
+from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.rundir import ALLOCATION, CALIBRATION, CODEBOOKS, RunDir
-from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role
+from kvcalib.report.allocation import Layer, allocation_plot
+from kvcalib.rundir import ALLOCATION, ALLOCATION_PLOT, CALIBRATION, CODEBOOKS, RunDir
+from kvcalib.stages.allocators import (
+    EXACT,
+    Allocator,
+    Name,
+    Proposal,
+    Tables,
+    by_loss,
+    by_qaq,
+    is_exact,
+    loss_tables,
+    measured_tables,
+    predicted,
+)
+from kvcalib.stages.check import Candidate, Checked, candidates, measure, proposers
+from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.measure import MeasureSettings, Subject, isolated, text_id
 from kvcalib.stages.progress import note
 
-STAGE_VERSION = 1
+STAGE_VERSION = 3
 POSITION_BITS = 32
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
+
+Method = Literal["fisher", "kl", "qaq"]
+Widths = dict[Name, Tensor]
 
 
 class AllocateSettings(BaseModel):
@@ -34,15 +58,45 @@ class AllocateSettings(BaseModel):
 
     budget: float | None = Field(default=None, gt=0, description="Effective bits: every byte of the cache counted.")
     widths: float | None = Field(default=None, ge=0, le=8, description="Mean code width; overheads come on top.")
-    method: Literal["fisher"] = "fisher"
-    per: Per = "channel"
+    method: Method = "fisher"
+    per: Per = Field(default="channel", description="What takes one width; channel if not given, for qaq head.")
     group: Literal[0, 16] = 16
+    exact_layers: tuple[int, ...] = Field(default=(), description="Layers that stay exact, at 16 bits.")
+    as_published: bool = Field(default=False, description="qaq by the arithmetic of the paper's code.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("per") is None:
+            return {**given, "per": "head" if given.get("method") == "qaq" else "channel"}
+        return given
 
     @model_validator(mode="after")
     def _one(self) -> AllocateSettings:
         if (self.budget is None) == (self.widths is None):
             raise ValueError("give one of --budget (effective bits) and --widths (mean code width)")
+        if self.method == "qaq" and self.per == "channel":
+            raise ValueError("--per is channel, but qaq's bounds are of whole heads; give --per head or --per layer")
+        if self.as_published and self.method != "qaq":
+            raise ValueError(f"--as-published is about qaq, --method is {self.method}; give --method qaq")
         return self
+
+
+class LayerPlan(BaseModel):
+    """Mean code widths of one layer, and its predicted losses in nats per token; 16 bits and no loss if exact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: int
+    key_bits: float
+    value_bits: float
+    key_loss: float
+    value_loss: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether the layer is not quantized."""
+        return self.key_bits == self.value_bits == EXACT
 
 
 class Allocation(BaseModel):
@@ -51,68 +105,168 @@ class Allocation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: AllocateSettings
-    mean_width: float
+    codebooks: str = Field(description="Which codebooks the widths are for: the hash of their file.")
+    mean_width: float = Field(description="Of the channels of all layers that are not exact.")
     effective_bits: float = Field(description="Of a long cache without sinks, recent window and spare room.")
     loss: float = Field(description="Predicted loss of the plan, nats per token.")
-    bound: float = Field(description="No plan of this budget and these units has a smaller predicted loss.")
-    curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the best plans.")
+    bound: float | None = Field(description="No plan of this budget and these units has less, where that is known.")
+    curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the method's plans.")
+    layers: list[LayerPlan]
+    checked: list[Checked] = Field(default=[], description="Plans that were measured, if any; this is the best.")
+
+    @property
+    def gap(self) -> float:
+        """How far above the best plan's loss this one's can be, as a share; 0 where nothing is known."""
+        return 0.0 if self.bound is None else max(0.0, self.loss / max(self.bound, 1e-300) - 1)
 
 
-Widths = dict[tuple[int, Role], Tensor]
+def run(
+    run_dir: RunDir,
+    settings: AllocateSettings,
+    measuring: MeasureSettings | None = None,
+    check: int = 0,
+    plot: Path | None = None,
+    model: Any = None,
+) -> tuple[Allocation, Widths]:
+    """Choose widths and write them into the run, and their plot beside them.
 
-
-def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths]:
-    """Choose widths and write them into the run.
+    Args:
+        measuring: model and text of method kl and of `check`.
+        check: how many plans are measured on held-out text, the best of which is kept; 0 for none.
+        plot: where the plot goes; `allocation.svg` in the run if None.
+        model: the loaded model, where the caller has it already.
 
     Raises:
-        InputError: the budget is below the smallest plan or above the largest one; says which they are.
+        InputError: the budget is below the smallest plan or above the largest one; says which they are. The text or the
+            model to measure with is missing. ArtifactMismatch: the model is another one than was calibrated.
     """
     codebooks = Codebooks.load(run_dir)
-    recorded = {**settings.model_dump(), "codebooks": _codebooks_hash(run_dir), "stage_version": STAGE_VERSION}
+    layers = _quantized(codebooks, settings)
+    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+    recorded = {**settings.model_dump(mode="json"), "codebooks": _codebooks_hash(run_dir), "check": check}
+    recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
+    subject, texts = None, {}
+    if settings.method == "kl" or check:
+        subject = Subject(calibration.info, measuring or MeasureSettings(), model)
+        if settings.method == "kl":
+            texts["kl"] = subject.sequences()
+        if check:
+            texts["check"] = subject.sequences(after=len(texts.get("kl", ())))
+        recorded |= {f"{name}_text": [text_id(ids) for ids in found] for name, found in texts.items()}
     with run_dir.lock():
         if run_dir.up_to_date("allocate", recorded):
             note("allocate: up to date")
-            return load(run_dir)
-        calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        names = [(layer, role) for layer in codebooks.layers for role in ROLES]
-        pairs = {shape.index: torch.tensor(rope_pairs(shape.partner)) for shape in calibration.info.layers}
-        tables = [
-            Table(codebooks.get(layer, role, "loss"), pairs[layer] if role == "key" else None) for layer, role in names
-        ]
-        elements = sum(t.loss[0].numel() for t in tables)
-        fixed = _overhead_bits(codebooks)
-        smallest, largest = fixed / elements, fixed / elements + 8
-        if settings.budget is not None and not smallest <= settings.budget <= largest:
+            allocation, widths = load(run_dir)
+        else:
+            tables = loss_tables(codebooks, calibration, layers)
+            others = {}
+            if settings.method == "kl" and subject is not None:
+                others["fisher"] = by_loss(tables, settings.per, settings.group)
+                tables = measured_tables(tables, isolated(run_dir, codebooks, layers, subject, texts["kl"]))
+            propose = _method(settings, codebooks, calibration, tables)
+            plan, widths, bits = fit(propose, codebooks, settings)
+            bound, rows = plan.bound, list[Checked]()
+            if check and subject is not None:
+                own = Candidate(_title(settings), plan, widths, bits, plan.loss)
+                others |= proposers(tables, settings.per, settings.group)
+                if settings.method == "qaq":
+                    others["fisher"] = by_loss(tables, settings.per, settings.group)
+                elif all(shape.scaling is not None for shape in calibration.info.layers):
+                    others["qaq per head"] = by_qaq(codebooks, calibration, tables, "head")
+                found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, check)
+                best, rows = measure(run_dir, found, subject, texts["check"])
+                plan, widths, bits = best.plan, best.widths, best.bits
+            losses = predicted(tables, plan.widths)
+            elements = sum(w.numel() for w in plan.widths.values())
+            allocation = Allocation(
+                settings=settings,
+                codebooks=_codebooks_hash(run_dir),
+                mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
+                effective_bits=bits,
+                loss=sum(losses.values()),
+                bound=bound,
+                curve=_curve(propose, elements),
+                layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
+                checked=rows,
+            )
+            tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
+            write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
+            run_dir.finish("allocate", recorded, [ALLOCATION])
+        write_bytes(plot or run_dir.file(ALLOCATION_PLOT), drawing(allocation).encode())
+    return allocation, widths
+
+
+def _method(settings: AllocateSettings, codebooks: Codebooks, calibration: Calibration, tables: Tables) -> Allocator:
+    if settings.per != "channel" and settings.method == "qaq":
+        return by_qaq(codebooks, calibration, tables, settings.per, settings.as_published)
+    return by_loss(tables, settings.per, settings.group)
+
+
+def drawing(allocation: Allocation) -> str:
+    """The plan's plot, as the text of an SVG file."""
+    counted = f"{allocation.effective_bits:.3f} effective bits, mean code width {allocation.mean_width:.3f}"
+    note_ = f"{counted}; predicted loss {allocation.loss:.5f} nats per token"
+    best = [row for row in allocation.checked if row.kept]
+    if best:
+        note_ += f"; measured KLD {best[0].kld:.5f} (best of {len(allocation.checked)} plans: {best[0].plan})"
+    layers = [Layer(**layer.model_dump()) for layer in allocation.layers]
+    chosen = (allocation.mean_width, allocation.loss)
+    return allocation_plot(f"Allocation by {_title(allocation.settings)}", note_, layers, allocation.curve, chosen)
+
+
+def _title(settings: AllocateSettings) -> str:
+    return f"{settings.method} per {settings.per}" + " as published" * settings.as_published
+
+
+def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) -> tuple[Proposal, Widths, float]:
+    """The method's plan within the budget, the widths of all layers, exact ones included, and their effective bits.
+
+    Raises:
+        InputError: no plan of the method has so few bits, or so many.
+    """
+    exact = _exact(codebooks, settings)
+    quantized = [(layer, role) for layer in _quantized(codebooks, settings) for role in ROLES]
+    elements = sum(codebooks.get(*name, "weight").numel() for name in quantized)
+    everything = elements + sum(w.numel() for w in exact.values())
+    fixed = sum(row_bits(codebooks.quantizer(*name, 0)) for name in quantized) + POSITION_BITS
+    fixed += EXACT * (everything - elements)
+    if settings.budget is None:
+        room = round((settings.widths or 0.0) * elements)
+    else:
+        smallest, largest = fixed / everything, (fixed + MAX_BITS * elements) / everything
+        if not smallest <= settings.budget <= largest:
+            kept = f" and layers {sorted({layer for layer, _ in exact})} exact" if exact else ""
             raise InputError(
                 f"allocate: the budget is {settings.budget:g} effective bits; with {codebooks.settings.outliers:g} "
-                f"outliers the smallest plan has {smallest:.3f} and the largest {largest:.3f}; choose one between, or "
-                "fit with fewer outliers"
+                f"outliers{kept} the smallest plan has {smallest:.3f} and the largest {largest:.3f}; choose one "
+                f"between, or fit with fewer outliers"
             )
-        room = round(settings.widths * elements) if settings.widths is not None else 0
-        if settings.budget is not None:
-            room = int(settings.budget * elements - fixed)
-        while True:
-            chosen, plan = allocate(tables, room, settings.per, settings.group)
-            widths: Widths = dict(zip(names, chosen, strict=True))
-            bits = effective_bits(codebooks, widths)
-            excess = 0 if settings.budget is None else bits - settings.budget
-            if excess <= 1e-9 or room == 0:
-                break
-            # Rows are whole words: what rounding added comes off the budget of the codes.
-            room = max(0, room - max(1, int(excess * elements)))
-        curve = [(mean, allocate(tables, int(mean * elements), settings.per, settings.group)[1].loss) for mean in CURVE]
-        allocation = Allocation(
-            settings=settings,
-            mean_width=sum(int(w.sum()) for w in chosen) / elements,
-            effective_bits=bits,
-            loss=plan.loss,
-            bound=plan.bound,
-            curve=curve,
-        )
-        tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
-        write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
-        run_dir.finish("allocate", recorded, [ALLOCATION])
-    return allocation, widths
+        room = int(settings.budget * everything - fixed)
+    bound = None
+    while True:
+        try:
+            plan = propose(room)
+        except InputError as error:
+            given = f"--widths {settings.widths}" if settings.budget is None else f"--budget {settings.budget:g}"
+            raise InputError(
+                f"allocate: {given} leaves {room} code bits per token, {room / elements:.3f} a channel: {error}; "
+                "give another budget or method"
+            ) from None
+        widths: Widths = {**plan.widths, **exact}
+        bits = effective_bits(codebooks, widths)
+        excess = 0 if settings.budget is None else bits - settings.budget
+        bound = plan.bound if bound is None else bound
+        if excess <= 1e-9 or room == 0:
+            break
+        # Rows are whole words: what rounding added comes off the budget of the codes.
+        room = max(0, room - max(1, int(excess * everything)))
+    if settings.budget is not None and plan.fill is not None:
+        fuller = plan.fill(int(settings.budget * everything - fixed) // spare.WORD)
+        more = effective_bits(codebooks, {**fuller.widths, **exact})
+        # Heads whose words stand alone can take a word more than the row as a whole.
+        if more <= settings.budget + 1e-9:
+            plan, widths, bits = fuller, {**fuller.widths, **exact}, more
+    return replace(plan, bound=bound), dict(sorted(widths.items())), bits
 
 
 def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
@@ -120,18 +274,51 @@ def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
 
     Raises:
         InputError: there are none, or they were chosen for other codebooks than those there now.
+        CorruptFile: a layer is missing or unknown, or a width is none that the storage knows.
     """
-    if run_dir.settings("allocate")["codebooks"] != _codebooks_hash(run_dir):
-        raise InputError(
-            f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
-            "run `kvcalib allocate` on this folder again"
-        )
-    tensors, found = read_tensors(run_dir.file(ALLOCATION))
-    widths: Widths = {}
-    for name, tensor in tensors.items():
-        _, layer, role, _ = name.split(".")
-        widths[(int(layer), "key" if role == "key" else "value")] = tensor
-    return Allocation.model_validate(found), widths
+    expected = _codebooks_hash(run_dir)
+    path = run_dir.file(ALLOCATION)
+    other = (
+        f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
+        "run `kvcalib allocate` on this folder again"
+    )
+    if run_dir.settings("allocate")["codebooks"] != expected:
+        raise InputError(other)
+    tensors, found = read_tensors(path)
+    try:
+        allocation = Allocation.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{path}: {where}: {first['msg']}; run `kvcalib allocate` on this folder again") from None
+    if allocation.codebooks != expected:
+        raise InputError(other)
+    return allocation, _checked(path, tensors, Codebooks.load(run_dir))
+
+
+def _checked(path: Path, tensors: dict[str, Tensor], codebooks: Codebooks) -> Widths:
+    """The widths of every layer of `codebooks`, or CorruptFile with what is wrong."""
+    again = "run `kvcalib allocate` on this folder again"
+    names = {f"layers.{layer}.{role}.widths": (layer, role) for layer in codebooks.layers for role in ROLES}
+    for name in sorted(set(names) ^ set(tensors)):
+        what = "is missing" if name in names else "is no layer's of the codebooks"
+        raise CorruptFile(f"{path}: {name} {what}; {again}")
+    for name, (layer, role) in names.items():
+        found, shape = tensors[name], codebooks.get(layer, role, "weight").shape
+        if found.shape != shape or found.dtype != torch.uint8:
+            raise CorruptFile(
+                f"{path}: {name} is {str(found.dtype).removeprefix('torch.')} {list(found.shape)}, expected uint8 "
+                f"{list(shape)}; {again}"
+            )
+        other = tensors[f"layers.{layer}.{'value' if role == 'key' else 'key'}.widths"]
+        wrong = (found > MAX_BITS).nonzero()
+        if len(wrong) and not (is_exact(found) and is_exact(other)):
+            head, channel = wrong[0].tolist()
+            raise CorruptFile(
+                f"{path}: {name}[{head}][{channel}] is {found[head, channel].item()}, expected 0..{MAX_BITS}, or "
+                f"{EXACT} in all keys and values of the layer; {again}"
+            )
+    return {name: tensors[tensor] for tensor, name in names.items()}
 
 
 def row_bits(quantizer: Quantizer) -> int:
@@ -141,16 +328,53 @@ def row_bits(quantizer: Quantizer) -> int:
 
 
 def effective_bits(codebooks: Codebooks, widths: Widths) -> float:
-    """Bits of a token's rows in all layers, and of its position, per key or value element."""
-    total = sum(row_bits(codebooks.quantizer(layer, role, w)) for (layer, role), w in widths.items())
-    return (total + POSITION_BITS) / sum(w.numel() for w in widths.values())
+    """Bits of a token's rows in all layers, and of its position, per key or value element; exact ones have 16."""
+    total = POSITION_BITS
+    for (layer, role), chosen in widths.items():
+        exact = is_exact(chosen)
+        total += EXACT * chosen.numel() if exact else row_bits(codebooks.quantizer(layer, role, chosen))
+    return total / sum(w.numel() for w in widths.values())
 
 
-def _overhead_bits(codebooks: Codebooks) -> int:
-    """Bits of a token that no width changes: outliers, zeros, scales, its position."""
-    nothing = (row_bits(codebooks.quantizer(layer, role, 0)) for layer in codebooks.layers for role in ROLES)
-    return sum(nothing) + POSITION_BITS
+def _quantized(codebooks: Codebooks, settings: AllocateSettings) -> list[int]:
+    """The layers that are not kept exact."""
+    unknown = sorted(set(settings.exact_layers) - set(codebooks.layers))
+    if unknown:
+        raise InputError(f"--exact-layers names {unknown}, the run has layers {codebooks.layers}; name some of these")
+    left = [layer for layer in codebooks.layers if layer not in settings.exact_layers]
+    if not left:
+        raise InputError("--exact-layers names every layer of the run; leave at least one to be quantized")
+    return left
 
 
-def _codebooks_hash(run_dir: RunDir) -> Any:
-    return (run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS)
+def _exact(codebooks: Codebooks, settings: AllocateSettings) -> Widths:
+    return {
+        (layer, role): torch.full(codebooks.get(layer, role, "weight").shape, EXACT, dtype=torch.uint8)
+        for layer in sorted(set(settings.exact_layers))
+        for role in ROLES
+    }
+
+
+def _curve(propose: Allocator, elements: int) -> list[tuple[float, float]]:
+    """Predicted loss at `CURVE`; widths of which the method has no plan are left out."""
+    found = []
+    for mean in CURVE:
+        try:
+            found.append((mean, propose(int(mean * elements)).loss))
+        except InputError:
+            continue
+    return found
+
+
+def _layer_plan(layer: int, widths: Widths, losses: dict[Name, float]) -> LayerPlan:
+    return LayerPlan(
+        index=layer,
+        key_bits=float(widths[layer, "key"].float().mean()),
+        value_bits=float(widths[layer, "value"].float().mean()),
+        key_loss=losses.get((layer, "key"), 0.0),
+        value_loss=losses.get((layer, "value"), 0.0),
+    )
+
+
+def _codebooks_hash(run_dir: RunDir) -> str:
+    return str((run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS))

@@ -10,9 +10,7 @@ from torch import Tensor
 from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.manifest import (
-    Calibration as CalibrationRecord,
-)
-from kvcalib.artifact.manifest import (
+    Budget,
     Friendliness,
     LayerSpec,
     Manifest,
@@ -20,10 +18,14 @@ from kvcalib.artifact.manifest import (
     RuntimeDefaults,
     TensorSpec,
 )
+from kvcalib.artifact.manifest import (
+    Calibration as CalibrationRecord,
+)
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pairs
 from kvcalib.quant.packing import GROUP
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, predicted_total
 from kvcalib.stages.friendliness import layer_error
 
@@ -36,13 +38,14 @@ def run(
     recent: int = 0,
     overwrite: bool = False,
     widths: dict[tuple[int, Role], Tensor] | None = None,
-    budget: float | None = None,
+    budget: Budget | None = None,
 ) -> Manifest:
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
 
     Args:
-        widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all.
-        budget: effective bits that `widths` were chosen for, to be recorded.
+        widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all. A
+            layer with 16 throughout stays exact: it is left out, and the model's own cache keeps it.
+        budget: effective bits that were asked for and that the plan has, to be recorded.
 
     Raises:
         InputError: a stage before has not run. FolderInUse: `out` holds something else.
@@ -55,7 +58,10 @@ def run(
     }
     tensors: dict[str, Tensor] = {}
     layers = []
+    exact = {layer for (layer, _), w in (widths or {}).items() if is_exact(w)}
     for layer in codebooks.layers:
+        if layer in exact:
+            continue
         specs = {}
         shape = next(s for s in calibration.info.layers if s.index == layer)
         pairs: dict[Role, Tensor | None] = {"key": torch.tensor(rope_pairs(shape.partner)), "value": None}
@@ -131,7 +137,7 @@ def card(manifest: Manifest) -> str:
     """The model card of an artifact, for readers and for the Hub."""
     key, value = manifest.mean_bits
     loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
-    asked = "" if manifest.budget is None else f" within {manifest.budget:g} effective bits"
+    asked = "" if manifest.budget is None else f" within {manifest.budget.asked:g} effective bits"
     base = f"base_model: {manifest.model.name}\n" if "/" in manifest.model.name else ""
     return f"""---
 tags:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvcalib.artifact.manifest import Budget
 from kvcalib.errors import InputError
 from kvcalib.model.selftest import attention_layers
 from kvcalib.quant.fitting import make_quantizer
@@ -14,7 +15,7 @@ from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Scope
 from kvcalib.rundir import RunDir
 from kvcalib.runtime.loader import kv_shape
-from kvcalib.stages.allocate import POSITION_BITS, AllocateSettings, row_bits
+from kvcalib.stages.allocate import POSITION_BITS, AllocateSettings, Allocation, row_bits
 from kvcalib.stages.fit_nuq import ROLES, FitNuqSettings
 
 
@@ -61,6 +62,12 @@ def check_budget(model: Any, budget: float, settings: FitNuqSettings) -> None:
         f"bits is {budget:g}; with {100 * settings.outliers:g} % outliers this model's cache takes between "
         f"{smallest:.2f} effective bits (no codes at all) and {largest:.2f} (codes of 8 bits); {remedy}"
     )
+
+
+def budget_of(found: Allocation) -> Budget | None:
+    """What an artifact records of the budget that its widths were chosen for; None for a mean width."""
+    asked = found.settings.budget
+    return None if asked is None else Budget(asked=asked, planned=found.effective_bits)
 
 
 def at_budget(run_dir: RunDir, bits: float) -> AllocateSettings:

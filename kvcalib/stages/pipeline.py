@@ -12,9 +12,10 @@ from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
 from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq, friendliness
 from kvcalib.stages.allocate import AllocateSettings
-from kvcalib.stages.dial import check_budget
+from kvcalib.stages.dial import budget_of, check_budget
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings
+from kvcalib.stages.measure import MeasureSettings
 
 DEMO_BITS = (6.0, 4.0, 3.0, DEFAULT_BITS)
 """Effective bits of the demo's artifacts; the last one's widths stay in its run."""
@@ -53,15 +54,18 @@ def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], overwri
     began = time.monotonic()
     model = load_model(recipe.model, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
     for spending in artifacts.values():
-        if spending is not None and spending.budget is not None:
+        if spending is not None and spending.budget is not None and not spending.exact_layers:
             check_budget(model, spending.budget, recipe.fit)
     run_dir = RunDir(recipe.run_path, create=True)
     fisher.run(run_dir, recipe.model, settings, overwrite, model)
     fit_nuq.run(run_dir, recipe.fit)
     friendliness.run(run_dir)
     for path, spending in artifacts.items():
-        widths = None if spending is None else allocate.run(run_dir, spending)[1]
-        budget = None if spending is None else spending.budget
+        widths, budget = None, None
+        if spending is not None:
+            measuring = MeasureSettings(model=recipe.model)
+            found, widths = allocate.run(run_dir, spending, measuring, model=model)
+            budget = budget_of(found)
         build.run(run_dir, path, recent=recipe.recent, overwrite=overwrite, widths=widths, budget=budget)
     measured = []
     if recipe.evaluate is not None:

@@ -1,0 +1,248 @@
+"""Measuring a run's quantizers with its model: the text held out for it, and KL by layer, role and width.
+
+Every measurement is one line of `kl.jsonl`: one sequence, one layer's keys or values at one width, everything else
+exact (`evaluation/isolated.py`). A line names the sequence by its tokens' hash and the quantizers by theirs, so a
+second start goes on where the first one ended, more samples or widths only add lines, and lines of other codebooks,
+weights or dtypes are passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
+
+from kvcalib.calibration.statistics import CalibrationInfo
+from kvcalib.errors import ArtifactMismatch, InputError
+from kvcalib.evaluation.isolated import Probe, isolated_kl
+from kvcalib.files import write_error
+from kvcalib.model.identity import HARD, SOFT, identify
+from kvcalib.model.loading import BUILTIN, input_device, load_model, load_tokenizer
+from kvcalib.model.text import PRESETS, token_sequences
+from kvcalib.rundir import KL_MEASURES, RunDir, fingerprint
+from kvcalib.runtime.loader import prove
+from kvcalib.stages.allocators import Name
+from kvcalib.stages.fisher import check_vocabulary
+from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.progress import note, progress
+
+MEASURED_WIDTHS = (0, 1, 2, 3, 4, 5, 6)
+"""7 and 8 bits are scaled as 6 are: what they do is lost in the rounding of half-precision models."""
+
+
+class MeasureSettings(BaseModel):
+    """Model and text of measurements; what is None is as the run was calibrated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    data: str | None = None
+    samples: int = Field(default=8, ge=1)
+    seq_len: int | None = Field(default=None, ge=2)
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int | None = Field(default=None, ge=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Subject:
+    """What measurements of a run are made on: held-out text, and the model, which is loaded when first asked for.
+
+    Args:
+        loaded: the model, where the caller has it already.
+    """
+
+    def __init__(self, info: CalibrationInfo, settings: MeasureSettings, loaded: Any = None) -> None:
+        self.info, self.settings, self._loaded = info, settings, loaded
+        self.name = settings.model or info.model.name
+        if settings.model is None and self.name != BUILTIN and "/" not in self.name and not Path(self.name).exists():
+            raise InputError(
+                f"allocate: the run was calibrated on the local model {self.name!r}, of which only the name is "
+                "recorded; give its folder with --model"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence."""
+        return self.settings.seq_len or self.info.seq_len
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per step."""
+        return self.settings.batch_size or max(1, 2048 // self.seq_len)
+
+    def sequences(self, after: int = 0) -> np.ndarray:
+        """Token ids `[N, seq_len]`, none of which the calibration has seen.
+
+        From the calibration's own source they are what follows its text (for presets, other crops).
+
+        Args:
+            after: sequences to leave out first.
+
+        Raises:
+            InputError: there is not one such sequence.
+        """
+        chosen, info = self.settings, self.info
+        source = chosen.data or info.data
+        tokenizer = load_tokenizer(self.name, chosen.revision, chosen.trust_remote_code)
+        skip = after
+        if source == info.data and source not in PRESETS:
+            skip += -(-info.sequences * info.seq_len // self.seq_len)
+        found = token_sequences(source, tokenizer, skip + chosen.samples, self.seq_len, "calibrate", info.seed + 1)
+        if len(found) <= skip:
+            raise InputError(
+                f"allocate: data {source!r} gives {len(found)} sequences of {self.seq_len}, of which {skip} are not "
+                "held out (calibrated or measured on); give other text with --data, or a smaller --samples"
+            )
+        if len(found) < skip + chosen.samples:
+            note(f"allocate: data {source!r} gives {len(found) - skip} held-out sequences, not {chosen.samples}")
+        return found[skip:]
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model.
+
+        Raises:
+            ArtifactMismatch: it is another one than the run was calibrated on.
+        """
+        chosen = self.settings
+        model = self._loaded
+        if model is None:
+            model = load_model(self.name, chosen.dtype, chosen.device, chosen.revision, chosen.trust_remote_code)
+        for difference in self.info.model.differences(identify(model), (*HARD, *SOFT)):
+            raise ArtifactMismatch(
+                f"allocate: the run was calibrated on {self.info.model.name!r}: this model's {difference}; give "
+                "--model the same one, or calibrate this one into a folder of its own"
+            )
+        return model
+
+
+class Measurements:
+    """`kl.jsonl` of a run, as far as it is about one set of quantizers on one model.
+
+    Args:
+        key: what the measurements depend on beside sequence, layer, role and width.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        self.found: dict[tuple[str, int, str, int], tuple[float, int]] = {}
+        self.torn = False
+        content = path.read_bytes() if path.is_file() else b""
+        self.torn = bool(content) and not content.endswith(b"\n")
+        for line in content.splitlines():
+            try:
+                row = json.loads(line)
+                if row["key"] == key:
+                    place = (row["text"], row["layer"], row["role"], row["bits"])
+                    self.found[place] = (float(row["kl"]), int(row["tokens"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # the line at which an earlier run was killed
+
+    def add(self, rows: Sequence[tuple[str, Name, int, float, int]]) -> None:
+        """Append `(text, (layer, role), bits, kl, tokens)` in one write, on the disk when this returns.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        lines = []
+        for text, (layer, role), bits, kl, tokens in rows:
+            self.found[text, layer, role, bits] = (kl, tokens)
+            row = {"key": self.key, "text": text, "layer": layer, "role": role, "bits": bits, "kl": kl}
+            lines.append(json.dumps({**row, "tokens": tokens}) + "\n")
+        try:
+            with open(self.path, "ab") as file:
+                file.write(("\n" * self.torn + "".join(lines)).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        self.torn = False
+
+    def mean(self, texts: Sequence[str], name: Name, bits: int) -> float:
+        """KL of one width over `texts`, nats per token."""
+        rows = [self.found[text, *name, bits] for text in texts]
+        return sum(kl for kl, _ in rows) / sum(tokens for _, tokens in rows)
+
+
+def isolated(
+    run_dir: RunDir,
+    codebooks: Codebooks,
+    layers: Sequence[int],
+    subject: Subject,
+    sequences: np.ndarray,
+    widths: Sequence[int] = MEASURED_WIDTHS,
+) -> dict[Name, dict[int, float]]:
+    """KL of every layer's keys and values at every width, nats per token; what was measured before is not again."""
+    key = fingerprint(
+        {
+            "codebooks": run_dir.settings("fit-nuq"),
+            "weights": subject.info.model.weights_sha256,
+            "rope": subject.info.model.rope_parameters_sha256,
+            "dtype": str(subject.model.dtype),
+        }
+    )[:16]
+    texts = [text_id(ids) for ids in sequences]
+    ledger = Measurements(run_dir.file(KL_MEASURES), key)
+    names: list[Name] = [(layer, role) for layer in layers for role in ROLES]
+    places = [(text, *name, bits) for text in texts for name in names for bits in widths]
+    left = [place for place in places if place not in ledger.found]
+    if left and len(left) < len(places):
+        note(f"kl: {len(places) - len(left)} of {len(places)} measurements are there, {len(left)} are left")
+    if left:
+        _measure(codebooks, subject, sequences, texts, names, widths, ledger, len(left))
+    return {name: {bits: ledger.mean(texts, name, bits) for bits in widths} for name in names}
+
+
+def _measure(
+    codebooks: Codebooks,
+    subject: Subject,
+    sequences: np.ndarray,
+    texts: list[str],
+    names: list[Name],
+    widths: Sequence[int],
+    ledger: Measurements,
+    left: int,
+) -> None:
+    model = subject.model
+    check_vocabulary(model, sequences, subject.settings.data or subject.info.data)
+    rotations = prove(model, sorted({layer for layer, _ in names}))
+    # A sliding layer keeps no sinks, as in the packed cache.
+    sliding = {shape.index for shape in subject.info.layers if shape.sliding is not None}
+    sinks = {layer: 0 if layer in sliding else codebooks.settings.sinks for layer, _ in names}
+    device, size, done = input_device(model), subject.batch_size, 0
+    with progress("kl", left, "measurements") as show:
+        for start in range(0, len(sequences), size):
+            mine = texts[start : start + size]
+            ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + size])).long().to(device)
+            due = {
+                (name, bits): [t for t in mine if (t, *name, bits) not in ledger.found]
+                for name in names
+                for bits in widths
+            }
+            probes = [
+                (name, bits, Probe(*name, codebooks.quantizer(*name, bits), sinks[name[0]]))
+                for (name, bits), missing in due.items()
+                if missing
+            ]
+            measured = isolated_kl(model, rotations, ids, (probe for _, _, probe in probes))
+            for (name, bits, _), (_, kl) in zip(probes, measured, strict=True):
+                rows = [(t, name, bits, x, ids.shape[1]) for t, x in zip(mine, kl, strict=True) if t in due[name, bits]]
+                ledger.add(rows)
+                done += len(rows)
+                show(done)
+
+
+def text_id(ids: np.ndarray) -> str:
+    """By which a sequence of token ids `[T]` is known: 16 hex digits of its sha256."""
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]
