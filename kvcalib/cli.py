@@ -504,16 +504,14 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
         manifest = store.read_manifest(target)
         key, value = manifest.mean_bits
         grid = Table.grid(padding=(0, 2))
-        fit, source = manifest.fit, manifest.calibration
+        fit, source, asked = manifest.fit, manifest.calibration, manifest.budget
         for name, shown in (
             ("model", f"{manifest.model.name} ({manifest.model.model_type})"),
             ("made by", f"kvcalib {manifest.producer.version}, format version {manifest.format_version}"),
             ("codes", f"keys {key:.2f} bit, values {value:.2f} bit, {fit.format}, weights {fit.weights}"),
             (
                 "budget",
-                "none"
-                if manifest.budget is None
-                else f"{manifest.budget.asked:g} effective bits asked for, {manifest.budget.planned:.3f} in a long cache",
+                "none" if asked is None else f"{asked.asked:g} effective bits, {asked.planned:.3f} in a long cache",
             ),
             ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
             (
