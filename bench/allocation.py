@@ -28,12 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from kvcalib.allocation import qaq
-from kvcalib.allocation.sensitivity import head_statistics
-from kvcalib.calibration.statistics import Calibration, norm_quantile
 from kvcalib.files import write_json
 from kvcalib.model.loading import load_model
-from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.rundir import RunDir
 from kvcalib.runtime.loader import load
 from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq
 from kvcalib.stages.allocate import AllocateSettings
@@ -61,55 +58,36 @@ class Plan:
 
 
 def table_plans(run, codebooks):
-    """The plans of the table."""
-    uniform = {mean: splits(codebooks, round(2 * mean)) for mean in MEANS}
-    plans = []
+    """The plans of the table: those that the checks ask for, and the rest."""
+
+    def chosen(**settings):
+        return allocate.run(run, AllocateSettings(**settings))[1]
+
+    first = [Plan(name, "width", mean, chosen(widths=mean, **FISHER[name])) for mean in MEANS for name in FISHER]
+    rest = []
     for mean in MEANS:
-        for name, options in FISHER.items():
-            plans.append(Plan(name, "width", mean, allocate.run(run, AllocateSettings(widths=mean, **options))[1]))
-    for mean in MEANS:
-        plans += [Plan(name, "bits", mean, widths) for name, widths in uniform[mean].items()]
-        bits = min(allocate.effective_bits(codebooks, widths) for widths in uniform[mean].values())
-        for name in ("fisher, groups of 16", "fisher, free channels"):
-            found = allocate.run(run, AllocateSettings(budget=bits, **FISHER[name]))[1]
-            plans.append(Plan(name, "bits", mean, found))
-    for mean in MEANS:
-        plans.append(Plan("qaq, as published", "width", mean, qaq_widths(run, codebooks, mean, "published")))
-        plans.append(Plan("qaq, output bound", "width", mean, qaq_widths(run, codebooks, mean, "output")))
-    return plans
+        uniform = splits(codebooks, round(2 * mean))
+        bits = min(allocate.effective_bits(codebooks, widths) for widths in uniform.values())
+        for (key, value), widths in uniform.items():
+            plan = Plan(f"uniform, keys {key} values {value}", "bits", mean, widths)
+            (first if abs(key - value) < 2 else rest).append(plan)
+        for name, plans in (("fisher, groups of 16", first), ("fisher, free channels", rest)):
+            plans.append(Plan(name, "bits", mean, chosen(budget=bits, **FISHER[name])))
+        for name, plans in (("qaq, as published", first), ("qaq", rest)):
+            published = name == "qaq, as published"
+            plans.append(Plan(name, "width", mean, chosen(widths=mean, method="qaq", as_published=published)))
+    return first, rest
 
 
 def splits(codebooks, total):
     """Every pair of whole widths, at least 1, that adds up to `total`."""
     return {
-        f"uniform, keys {key} values {total - key}": {
+        (key, total - key): {
             (layer, role): codebooks.widths(layer, role, key if role == "key" else total - key)
             for layer in codebooks.layers
             for role in ROLES
         }
         for key in range(max(1, total - 8), min(9, total))
-    }
-
-
-def qaq_widths(run, codebooks, mean, bound):
-    """QAQ's widths per layer and head, its target error found by bisection."""
-    calibration, _ = Calibration.load(run.file(CALIBRATION))
-    layers, elements = [], 0
-    for shape in calibration.info.layers:
-        data = calibration.layer(shape.index)
-        squared = torch.from_numpy(norm_quantile(data["query.norm_histogram"], 0.9))
-        layers.append(
-            head_statistics(
-                data["sample.key"], data["sample.value"], data["sample.attention_sum"], data["sample.attention_peak"],
-                squared.view(shape.kv_heads, -1).amax(1), calibration.info.seq_len, shape.head_dim**-0.5,
-            )
-        )  # fmt: skip
-        elements += 2 * shape.kv_heads * shape.head_dim
-    found = qaq.allocate(layers, round(mean * elements), bound)
-    return {
-        (layer, role): by_head[number][:, None].expand(codebooks.get(layer, role, "weight").shape).contiguous()
-        for number, layer in enumerate(codebooks.layers)
-        for role, by_head in (("key", found.key), ("value", found.value))
     }
 
 
@@ -261,19 +239,22 @@ def main():
     data = options.eval_data or options.data
     long = EvalSettings(data=data, samples=options.eval_samples, seq_len=options.seq_len)
     short = EvalSettings(data=data, samples=options.random_samples, seq_len=options.seq_len)
-    todo = [(plan, long) for plan in table_plans(run, codebooks)]
-    todo += [(plan, short) for kind in ("wide", "same") for plan in random_plans(codebooks, kind)]
+    first, rest = table_plans(run, codebooks)
+    random = [plan for kind in ("same", "wide") for plan in random_plans(codebooks, kind)]
+    parts = ((first, long), (random, short), (rest, long))
 
     def key(row):
         return row["name"], row["kind"], row["mean"]
 
-    wanted = {(plan.name, plan.kind, plan.mean): fingerprint(codebooks, plan, text) for plan, text in todo}
+    wanted = {
+        (plan.name, plan.kind, plan.mean): fingerprint(codebooks, plan, text) for mine, text in parts for plan in mine
+    }
     rows = [row for row in before if wanted.get(key(row)) == row["fingerprint"]]
     done = {key(row) for row in rows}
-    for text in (long, short):
-        left = [plan for plan, mine in todo if mine is text and (plan.name, plan.kind, plan.mean) not in done]
-        for first in range(0, len(left), options.together):
-            rows += measure(run, codebooks, left[first : first + options.together], text, options.model, model)
+    for mine, text in parts:
+        left = [plan for plan in mine if (plan.name, plan.kind, plan.mean) not in done]
+        for start in range(0, len(left), options.together):
+            rows += measure(run, codebooks, left[start : start + options.together], text, options.model, model)
             order = list(wanted)
             rows.sort(key=lambda row: order.index(key(row)))
             write_json(options.json, {
