@@ -373,7 +373,7 @@ def allocate(
             batch_size=batch_size, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
-        table = Table(title=f"mean code width and predicted loss, {settings.method} per {settings.per}")
+        table = Table(title=f"mean code width and predicted loss, {settings.title}")
         for column in ("layer", "keys", "by head", "loss", "values", "by head", "loss"):
             table.add_column(column, justify="right")
         for layer in found.layers:

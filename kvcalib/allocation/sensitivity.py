@@ -5,7 +5,7 @@ A uniform sample of tokens stands for all. Shapes: n sampled tokens, H kv heads,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,6 +100,16 @@ def head_statistics(
         head_dim=key.shape[2],
         scaling=scaling,
     )
+
+
+def relative(heads: HeadStatistics) -> HeadStatistics:
+    """The same heads with values in units of their layer's spread, the root mean square of `V_t - X`.
+
+    An error of X then counts relative to what the layer's outputs differ by at all: values twice as large, halved again
+    by the output projection, are the same model and get the same bits. Unchanged where all values are one.
+    """
+    spread = float(heads.value_distance.double().square().mean().sqrt()) or 1.0
+    return replace(heads, value_range=heads.value_range / spread, value_distance=heads.value_distance / spread)
 
 
 def element_range(x: Tensor, outliers: int = 0) -> Tensor:

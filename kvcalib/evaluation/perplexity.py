@@ -42,7 +42,10 @@ class Evaluation(BaseModel):
     delta_nll: float
     kld: float
     top1_agreement: float
-    effective_bits: float = Field(description="All bytes of the packed layers times 8, per key or value element.")
+    effective_bits: float = Field(
+        description="All bytes of the packed layers times 8, per key or value element; layers that a plan kept exact "
+        "count too, at 16 bits an element."
+    )
     budget: float | None = Field(default=None, description="Effective bits that the artifact was asked to have.")
     long_cache_bits: float | None = Field(
         default=None, description="Those of the plan for this budget, without sinks, recent window and spare room."

@@ -32,6 +32,6 @@ def allocation_plot(heading: str, note: str, layers: Sequence[Layer], curve: Seq
     loss.add([(layer.index, layer.key_loss) for layer in layers], "first", "keys")
     loss.add([(layer.index, layer.value_loss) for layer in layers], "second", "values")
     budget = Panel("Predicted loss against budget", "mean code width, bits per element", "nats per token", log=True)
-    budget.add(curve, "first", "plans of this method", dots=False)
-    budget.add([chosen], "mark", f"chosen: {chosen[0]:.2f} bits, {chosen[1]:.2g} nats", line=False)
+    budget.add(curve, "first", "this method's plans", dots=False)
+    budget.add([chosen], "mark", f"chosen: {chosen[0]:.2f} bits", line=False)
     return page([bits, loss, budget], heading, note)

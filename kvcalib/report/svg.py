@@ -134,7 +134,7 @@ def page(panels: Sequence[Panel], heading: str, note: str) -> str:
 def ticks(values: Sequence[float], most: int, whole: bool = False) -> list[float]:
     """At most `most` round numbers, 1, 2 or 5 times a power of ten apart, that cover `values`."""
     low, high = min(values), max(values)
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
         low, high = (low, low + 1) if low >= 0 else (low, 0.0)
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     if whole:
@@ -142,7 +142,7 @@ def ticks(values: Sequence[float], most: int, whole: bool = False) -> list[float
     steps = [step * m for m in (1, 2, 5, 10, 20, 50, 100)]
     chosen = next(s for s in steps if math.ceil(high / s - 1e-9) - math.floor(low / s + 1e-9) < most)
     first, last = math.floor(low / chosen + 1e-9), math.ceil(high / chosen - 1e-9)
-    return [k * chosen for k in range(first, last + 1)]
+    return [k * chosen for k in range(first, max(last, first + 1) + 1)]
 
 
 def log_ticks(values: Sequence[float]) -> list[float]:
@@ -157,13 +157,11 @@ def log_ticks(values: Sequence[float]) -> list[float]:
 
 
 def label(value: float, among: Sequence[float]) -> str:
-    """A tick's number, as short as it can be."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        mantissa, exponent = f"{value:.0e}".split("e")
-        largest = max(abs(x) for x in among)
-        if largest < 1e-3 and not math.isclose(float(f"{value:.0e}"), value):
-            mantissa = f"{value:.1e}".split("e")[0]
-        return f"{mantissa}e{int(exponent)}"
+    """A tick's number: all of an axis plain, or all as 2e-4 where some are small or large."""
+    sizes = [abs(x) for x in among if x]
+    if value and (min(sizes) < 1e-3 or max(sizes) >= 1e5):
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     return f"{round(value, 10):g}"
 
 

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcalib.runtime import saved
 from kvcalib.runtime.layers import PackedLayer, TapLayer
 from kvcalib.runtime.storage import Rows
+
+EXACT_BITS = 16
 
 
 class PackedCache(DynamicCache):
@@ -162,7 +165,11 @@ class PackedCache(DynamicCache):
         return sum(t.nbytes for t in self.tensors().values())
 
     def effective_bits(self) -> float:
-        """Bytes of the packed layers and positions times 8, per cached key or value element of those layers."""
+        """Bytes of the packed layers and positions times 8, per cached key or value element of those layers.
+
+        A layer that could be packed and is not (it attends in full or, where sliding layers are packed, slides) was
+        left exact by the plan and counts too, at 16 bits an element, as the unquantized cache does everywhere.
+        """
         elements, held = 0, self._positions.nbytes
         for index in self.tapped:
             layer = self.layers[index]
@@ -171,4 +178,13 @@ class PackedCache(DynamicCache):
             per_token = sum(q.layout.widths.numel() for q in layer.quantizers.values())
             elements += layer.batch * (layer.packed.length + layer.window.length) * per_token
             held += layer.nbytes
-        return held * 8 / elements if elements else 0.0
+        if not elements:
+            return 0.0
+        exact = sum(t.numel() for layer in self._exact() for t in saved.stock_tensors(layer).values())
+        return (held * 8 + EXACT_BITS * exact) / (elements + exact)
+
+    def _exact(self) -> list[Any]:
+        """The stock layers that an artifact could have packed."""
+        sliding = any(self._tap_layer(index).sliding is not None for index in self.tapped)
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
+        return [layer for i, layer in enumerate(self.layers) if i not in self.tapped and type(layer) in kinds]

@@ -47,6 +47,9 @@ POSITION_BITS = 32
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
 
+RETRIES = 8
+"""Into how many parts the bits that whole words took are cut, to find the plan that leaves the least unused."""
+
 Method = Literal["fisher", "kl", "qaq"]
 Widths = dict[Name, Tensor]
 
@@ -63,6 +66,11 @@ class AllocateSettings(BaseModel):
     group: Literal[0, 16] = 16
     exact_layers: tuple[int, ...] = Field(default=(), description="Layers that stay exact, at 16 bits.")
     as_published: bool = Field(default=False, description="qaq by the arithmetic of the paper's code.")
+
+    @property
+    def title(self) -> str:
+        """Method and units in words."""
+        return f"{self.method} per {self.per}" + " as published" * self.as_published
 
     @model_validator(mode="before")
     @classmethod
@@ -167,7 +175,7 @@ def run(
             plan, widths, bits = fit(propose, codebooks, settings)
             bound, rows = plan.bound, list[Checked]()
             if check and subject is not None:
-                own = Candidate(_title(settings), plan, widths, bits, plan.loss)
+                own = Candidate(settings.title, plan, widths, bits, plan.loss)
                 others |= proposers(tables, settings.per, settings.group)
                 if settings.method == "qaq":
                     others["fisher"] = by_loss(tables, settings.per, settings.group)
@@ -209,13 +217,12 @@ def drawing(allocation: Allocation) -> str:
     best = [row for row in allocation.checked if row.kept]
     if best:
         note_ += f"; measured KLD {best[0].kld:.5f} (best of {len(allocation.checked)} plans: {best[0].plan})"
-    layers = [Layer(**layer.model_dump()) for layer in allocation.layers]
+    exact = [layer.index for layer in allocation.layers if layer.exact]
+    if exact:
+        note_ += f"; exact: layers {', '.join(map(str, exact))}"
+    layers = [Layer(**layer.model_dump()) for layer in allocation.layers if not layer.exact]
     chosen = (allocation.mean_width, allocation.loss)
-    return allocation_plot(f"Allocation by {_title(allocation.settings)}", note_, layers, allocation.curve, chosen)
-
-
-def _title(settings: AllocateSettings) -> str:
-    return f"{settings.method} per {settings.per}" + " as published" * settings.as_published
+    return allocation_plot(f"Allocation by {allocation.settings.title}", note_, layers, allocation.curve, chosen)
 
 
 def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) -> tuple[Proposal, Widths, float]:
@@ -242,31 +249,41 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
                 f"between, or fit with fewer outliers"
             )
         room = int(settings.budget * everything - fixed)
-    bound = None
+
+    def attempt(room: int) -> tuple[Proposal, Widths, float]:
+        plan = propose(room)
+        if settings.budget is not None and plan.fill is not None:
+            fuller = plan.fill(int(settings.budget * everything - fixed) // spare.WORD)
+            # Heads whose words stand alone can take a word more than the row as a whole.
+            if effective_bits(codebooks, {**fuller.widths, **exact}) <= settings.budget + 1e-9:
+                plan = replace(fuller, bound=plan.bound)
+        widths: Widths = dict(sorted({**plan.widths, **exact}.items()))
+        return plan, widths, effective_bits(codebooks, widths)
+
+    first, bound = room, None
     while True:
         try:
-            plan = propose(room)
+            found = attempt(room)
         except InputError as error:
-            given = f"--widths {settings.widths}" if settings.budget is None else f"--budget {settings.budget:g}"
+            given = f"--widths {settings.widths:g}" if settings.budget is None else f"--budget {settings.budget:g}"
             raise InputError(
                 f"allocate: {given} leaves {room} code bits per token, {room / elements:.3f} a channel: {error}; "
                 "give another budget or method"
             ) from None
-        widths: Widths = {**plan.widths, **exact}
-        bits = effective_bits(codebooks, widths)
-        excess = 0 if settings.budget is None else bits - settings.budget
-        bound = plan.bound if bound is None else bound
+        bound = found[0].bound if room == first else bound
+        excess = 0 if settings.budget is None else found[2] - settings.budget
         if excess <= 1e-9 or room == 0:
             break
         # Rows are whole words: what rounding added comes off the budget of the codes.
         room = max(0, room - max(1, int(excess * everything)))
-    if settings.budget is not None and plan.fill is not None:
-        fuller = plan.fill(int(settings.budget * everything - fixed) // spare.WORD)
-        more = effective_bits(codebooks, {**fuller.widths, **exact})
-        # Heads whose words stand alone can take a word more than the row as a whole.
-        if more <= settings.budget + 1e-9:
-            plan, widths, bits = fuller, {**fuller.widths, **exact}, more
-    return replace(plan, bound=bound), dict(sorted(widths.items())), bits
+    # A plan of more bits may fill its words better.
+    for step in range(1, RETRIES):
+        between = room + (first - room) * step // RETRIES
+        other = attempt(between) if between > room else found
+        if other[2] <= (settings.budget or 0) + 1e-9 and other[0].loss < found[0].loss:
+            found = other
+    plan, widths, bits = found
+    return replace(plan, bound=bound), widths, bits
 
 
 def load(run_dir: RunDir) -> tuple[Allocation, Widths]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcalib.allocation import fisher, qaq, spare
 from kvcalib.allocation.fisher import Per, Table
 from kvcalib.allocation.kl import measured_loss
-from kvcalib.allocation.sensitivity import HeadStatistics, head_statistics
+from kvcalib.allocation.sensitivity import HeadStatistics, head_statistics, relative
 from kvcalib.calibration.statistics import Calibration, norm_quantile, rope_pairs
 from kvcalib.errors import InputError
 from kvcalib.quant.outliers import outlier_count
@@ -27,6 +27,8 @@ EXACT = 16
 """The width of every channel of a layer that stays exact."""
 QUERY_SHARE = 0.9
 """QAQ takes |q|^2 so that its bounds hold for this share of the queries."""
+QAQ_TOKENS = 2048
+"""Sampled tokens whose widths QAQ averages: 8 bits of spread over so many leave .04 bits of doubt at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +131,10 @@ def _heads(codebooks: Codebooks, calibration: Calibration, layer: int, as_publis
             f"{calibration.info.version}) does not record; run `kvcalib fisher` again with --overwrite, then fit-nuq"
         )
     data = calibration.layer(layer)
-    keep = sample_without_sinks(calibration, codebooks.settings.sinks)
+    # The sample is in the order of its hashes, so its first tokens are a uniform sample too.
+    keep = sample_without_sinks(calibration, codebooks.settings.sinks).nonzero()[:QAQ_TOKENS, 0]
     norm = norm_quantile(data["query.norm_histogram"], QUERY_SHARE).reshape(shape.kv_heads, -1).max(1)
-    return head_statistics(
+    found = head_statistics(
         data["sample.key"][keep],
         data["sample.value"][keep],
         data["sample.attention_sum"][keep],
@@ -142,3 +145,5 @@ def _heads(codebooks: Codebooks, calibration: Calibration, layer: int, as_publis
         outlier_count(codebooks.settings.outliers, shape.head_dim),
         None if as_published else data["key.sum"] / calibration.info.tokens,
     )
+    # One target for all layers means nothing unless it is relative; the paper's code takes it as it is.
+    return found if as_published else relative(found)

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from kvcalib.allocation.sensitivity import HeadStatistics, element_range, head_statistics, value_distance
+from kvcalib.allocation.sensitivity import (
+    HeadStatistics,
+    element_range,
+    head_statistics,
+    relative,
+    value_distance,
+)
 from kvcalib.errors import InputError
 
 
@@ -45,6 +51,32 @@ def test_statistics_of_a_sample():
     assert torch.equal(found.attention, peak.double())
     assert torch.equal(found.value_distance, value_distance(value, drawn))
     assert (found.tokens, found.head_dim, found.scaling) == (99, 8, 0.5)
+
+
+def test_relative_values_do_not_depend_on_their_unit():
+    g = torch.Generator().manual_seed(2)
+    key, value = torch.randn(2, 40, 2, 8, generator=g)
+    drawn, peak = 5 * torch.rand(40, 2, generator=g), torch.rand(40, 2, generator=g)
+    small, large = (
+        relative(head_statistics(key, times * value, drawn, peak, torch.ones(2), 99, 0.5)) for times in (0.01, 7)
+    )
+    assert torch.allclose(small.value_range, large.value_range)
+    assert torch.allclose(small.value_distance, large.value_distance)
+    assert float(small.value_distance.square().mean()) == pytest.approx(1)
+    assert torch.equal(small.key_range, large.key_range)
+    constant = head_statistics(key, torch.ones_like(value), drawn, peak, torch.ones(2), 99, 0.5)
+    assert torch.allclose(relative(constant).value_range, torch.zeros(40, 2, dtype=torch.float64))
+
+
+def test_the_mean_of_a_channel_does_not_widen_a_keys_range():
+    g = torch.Generator().manual_seed(3)
+    key, value = torch.randn(2, 30, 2, 8, generator=g)
+    offset = 100 * torch.randn(2, 8, generator=g)
+    rest = (value, torch.ones(30, 2), torch.ones(30, 2), torch.ones(2), 99, 0.5)
+    plain = head_statistics(key, *rest)
+    shifted = head_statistics(key.double() + offset, *rest, key_mean=offset)
+    assert torch.allclose(plain.key_range, shifted.key_range)
+    assert bool((head_statistics(key.double() + offset, *rest).key_range > 10 * plain.key_range).all())
 
 
 @pytest.mark.parametrize("name", ["key_range", "value_range", "attention", "value_distance", "squared_query_norm"])

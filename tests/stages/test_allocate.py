@@ -1,13 +1,20 @@
 """The stage `allocate`: budgets in every byte, and artifacts of many widths from it."""
 
+import xml.etree.ElementTree as ET
+
 import pytest
 import torch
 
 import kvcalib
+from kvcalib.allocation import qaq
+from kvcalib.allocation.sensitivity import head_statistics
+from kvcalib.calibration.statistics import Calibration, norm_quantile
 from kvcalib.errors import InputError
+from kvcalib.evaluation.perplexity import evaluate
+from kvcalib.files import read_tensors, write_tensors
 from kvcalib.stages import allocate, build, fit_nuq
 from kvcalib.stages.allocate import AllocateSettings
-from tests.tiny import make_run, tiny_llama, tokens
+from tests.tiny import make_run, tiny_family, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +78,134 @@ def test_exactly_one_target():
     for wrong in ({}, {"budget": 2.5, "widths": 2.0}):
         with pytest.raises(ValueError, match="one of --budget"):
             AllocateSettings(**wrong)
+
+
+def live_bits(model, artifact, length=400):
+    kvcalib.attach(model, artifact)
+    cache = artifact.new_cache(model)
+    with torch.no_grad():
+        model(tokens(1, length), past_key_values=cache)
+    kvcalib.detach(model)
+    return cache
+
+
+def test_a_layer_kept_exact_counts_in_plan_eval_and_cache(model, run, tmp_path):
+    found, widths = allocate.run(run, AllocateSettings(budget=10.0, exact_layers=(1,)))
+    assert [layer.exact for layer in found.layers] == [False, True]
+    assert found.layers[1].key_loss == found.layers[1].value_loss == 0
+    assert 9.4 < found.effective_bits <= 10.0
+    assert found.mean_width == pytest.approx(float(torch.cat([widths[0, r] for r in fit_nuq.ROLES]).float().mean()))
+    manifest = build.run(run, tmp_path / "a", widths=widths)
+    assert [layer.index for layer in manifest.layers] == [0]
+    artifact = kvcalib.load(tmp_path / "a")
+    cache = live_bits(model, artifact)
+    assert cache.effective_bits() == pytest.approx(found.effective_bits, abs=1e-9)
+    # Of its own count: bytes of layer 0 and positions, and layer 1 at two bytes an element.
+    held = sum(t.nbytes for name, t in cache.tensors().items() if "layers.1" not in name)
+    elements = 400 * 2 * 2 * 16
+    assert cache.effective_bits() == pytest.approx((held + 2 * elements) * 8 / (2 * elements))
+    result = evaluate(model, [artifact], tokens(1, 400).numpy())[0]
+    assert result.effective_bits == pytest.approx(found.effective_bits, abs=1e-9)
+    # 8 bits instead are nearly exact.
+    eight = {name: w.clamp(max=8) for name, w in widths.items()}
+    build.run(run, tmp_path / "b", widths=eight)
+    nearly = evaluate(model, [kvcalib.load(tmp_path / "b")], tokens(1, 400).numpy())[0]
+    assert result.kld == pytest.approx(nearly.kld, rel=0.1)
+
+
+def test_sliding_layers_that_nobody_calibrated_do_not_count(tmp_path):
+    """gemma3 by default: only its full layers are packed, and an exact one is one of these."""
+    model = tiny_family("gemma3_text")
+    run = make_run(tmp_path / "run", model)
+    bits = allocate.run(run, AllocateSettings(widths=3.0))[0].effective_bits
+    build.run(run, tmp_path / "a", widths=allocate.load(run)[1])
+    assert live_bits(model, kvcalib.load(tmp_path / "a")).effective_bits() == pytest.approx(bits, abs=1e-9)
+
+
+def test_exact_layers_that_cannot_be_are_named(run):
+    with pytest.raises(InputError, match=r"--exact-layers names \[2, 7\], the run has layers \[0, 1\]"):
+        allocate.run(run, AllocateSettings(widths=2.0, exact_layers=(7, 0, 2)))
+    with pytest.raises(InputError, match="names every layer"):
+        allocate.run(run, AllocateSettings(widths=2.0, exact_layers=(0, 1)))
+    with pytest.raises(InputError, match=r"layers \[1\] exact the smallest plan has"):
+        allocate.run(run, AllocateSettings(budget=5.0, exact_layers=(1,)))
+
+
+@pytest.mark.parametrize("per", ["head", "layer"])
+@pytest.mark.parametrize("as_published", [False, True])
+def test_qaq_meets_a_budget_with_one_width_per_unit(model, run, tmp_path, per, as_published):
+    found, widths = allocate.run(run, AllocateSettings(budget=6.0, method="qaq", per=per, as_published=as_published))
+    # One head more would be 16 channels of the 128 of a token.
+    assert 6.0 - 16 / 128 - 0.5 < found.effective_bits <= 6.0
+    for chosen in widths.values():
+        assert bool((chosen == chosen[:, :1]).all())
+        assert per == "head" or len(chosen.unique()) == 1
+    assert found.bound is None
+    best = allocate.run(run, AllocateSettings(widths=found.mean_width, per=per))[0]
+    assert best.loss <= found.loss, "no plan of these units is better than the solver's"
+    build.run(run, tmp_path / "a", widths=widths)
+    assert live_bits(model, kvcalib.load(tmp_path / "a")).effective_bits() == pytest.approx(found.effective_bits)
+
+
+def test_qaqs_statistics_are_those_of_the_run(run):
+    """The widths of the stage, from the calibration's tensors read here once more."""
+    calibration, _ = Calibration.load(run.file("calibration.safetensors"))
+    for shape in calibration.info.layers:
+        assert shape.scaling == 0.25
+    heads = []
+    for layer in (0, 1):
+        data = calibration.layer(layer)
+        key = data["sample.key"].double() - data["key.sum"] / calibration.info.tokens
+        value, drawn = data["sample.value"].double(), data["sample.attention_sum"].double()
+        output = (drawn[..., None] * value).sum(0) / drawn.sum(0)[:, None]
+        value = value / (value - output).square().mean().sqrt()
+        quantile = norm_quantile(data["query.norm_histogram"], 0.9).reshape(2, 2).max(1)
+        heads.append(
+            head_statistics(
+                key,
+                value,
+                data["sample.attention_sum"],
+                data["sample.attention_peak"],
+                torch.from_numpy(quantile),
+                48,
+                0.25,
+                1,
+            )
+        )
+    expected = qaq.allocate(heads, 3 * 128)
+    _, widths = allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
+    for layer in (0, 1):
+        assert widths[layer, "key"][:, 0].tolist() == expected.key[layer].tolist()
+        assert widths[layer, "value"][:, 0].tolist() == expected.value[layer].tolist()
+
+
+def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
+    """A file of version 2, as written before scaling was recorded."""
+    run = make_run(tmp_path / "run", model)
+    tensors, note = read_tensors(run.file("calibration.safetensors"))
+    note["info"]["version"] = 2
+    for shape in note["info"]["layers"]:
+        del shape["scaling"]
+    write_tensors(run.file("calibration.safetensors"), tensors, note)
+    allocate.run(run, AllocateSettings(widths=3.0))
+    with pytest.raises(InputError, match=r"scaling of layer 0.*version 2.*fisher` again with --overwrite"):
+        allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
+
+
+def test_settings_that_do_not_go_together():
+    assert AllocateSettings(widths=2.0).per == "channel"
+    assert AllocateSettings(widths=2.0, method="qaq").per == "head"
+    with pytest.raises(ValueError, match=r"--per is channel, but qaq.*--per head or --per layer"):
+        AllocateSettings(widths=2.0, method="qaq", per="channel")
+    with pytest.raises(ValueError, match=r"--as-published is about qaq, --method is kl"):
+        AllocateSettings(widths=2.0, method="kl", as_published=True)
+
+
+def test_the_plot_is_beside_the_plan(run, tmp_path):
+    found, _ = allocate.run(run, AllocateSettings(budget=5.0), plot=tmp_path / "p.svg")
+    texts = [t.text for t in ET.parse(tmp_path / "p.svg").getroot().iter("{http://www.w3.org/2000/svg}text")]
+    assert "Allocation by fisher per channel" in texts
+    assert any(f"{found.effective_bits:.3f} effective bits" in t for t in texts)
+    assert "nats per token" in texts
+    allocate.run(run, AllocateSettings(budget=5.0))
+    assert run.file("allocation.svg").read_text() == (tmp_path / "p.svg").read_text()
