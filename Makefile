@@ -41,12 +41,12 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels allocate clean
+	bench-decode-gpu bench-kernels bench-allocation allocate clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo "variables: MODEL (folder or Hub id) DATA BITS SAMPLES SEQ_LEN OUT (artifact) RUN (run folder)"
+	@echo "variables: MODEL (folder or Hub id) DATA BITS (effective bits) SAMPLES SEQ_LEN OUT (artifact) RUN (run folder)"
 	@echo "           ARGS (any further options of the kvcalib command) PYTHON WORKERS"
 
 # The demo and the tests need no network once the packages are there; this keeps it so.
@@ -63,7 +63,7 @@ lint: $(DEV)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-calibrate: need-MODEL $(RUNTIME)  ## all stages: MODEL=... BITS=3 [DATA= SAMPLES= SEQ_LEN= OUT=]
+calibrate: need-MODEL $(RUNTIME)  ## all stages: MODEL=... [BITS=2.5 DATA= SAMPLES= SEQ_LEN= OUT=]
 	$(BIN)/kvcalib run "$(MODEL)" $(call opt,--bits,BITS) $(call opt,--data,DATA) $(call opt,--samples,SAMPLES) \
 		$(call opt,--seq-len,SEQ_LEN) $(call opt,--out,OUT) $(ARGS)
 
@@ -71,14 +71,14 @@ fisher: need-MODEL need-RUN $(RUNTIME)  ## statistics of a model: MODEL= RUN= [D
 	$(BIN)/kvcalib fisher "$(MODEL)" --run "$(RUN)" $(call opt,--data,DATA) $(call opt,--samples,SAMPLES) \
 		$(call opt,--seq-len,SEQ_LEN) $(ARGS)
 
-fit-nuq: need-RUN $(RUNTIME)  ## codebooks: RUN= [BITS=]
+fit-nuq: need-RUN $(RUNTIME)  ## codebooks: RUN= [BITS=], with a budget also widths
 	$(BIN)/kvcalib fit-nuq "$(RUN)" $(call opt,--bits,BITS) $(ARGS)
 
 friendliness: need-RUN $(RUNTIME)  ## error of each layer's tokens: RUN=
 	$(BIN)/kvcalib friendliness "$(RUN)" $(ARGS)
 
-allocate: need-RUN $(RUNTIME)  ## widths within a budget of effective bits: RUN= BUDGET=
-	$(BIN)/kvcalib allocate "$(RUN)" $(call opt,--budget,BUDGET) $(ARGS)
+allocate: need-RUN $(RUNTIME)  ## widths within a budget of effective bits: RUN= BITS=
+	$(BIN)/kvcalib allocate "$(RUN)" $(call opt,--budget,$(if $(BUDGET),BUDGET,BITS)) $(ARGS)
 
 build: need-RUN $(RUNTIME)  ## artifact: RUN= [BITS= OUT=]; OUT is RUN without .run, or RUN-artifact
 	$(BIN)/kvcalib build "$(RUN)" --out "$(out)" $(call opt,--bits,BITS) $(ARGS)
@@ -99,6 +99,9 @@ bench-decode-gpu: $(DEV)  ## packed attention against 16-bit SDPA on a CUDA GPU
 
 bench-kernels: $(DEV)  ## compile every Triton kernel for sm_80 and sm_90; registers and spills
 	$(BIN)/python bench/kernels_aot.py $(ARGS)
+
+bench-allocation: $(RUNTIME)  ## where bits go: allocators, uniform splits, random plans (most of an hour)
+	$(BIN)/python bench/allocation.py $(ARGS)
 
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)
@@ -128,4 +131,4 @@ $(DEV): $(RUNTIME)
 
 # Commands make temporary files even when nothing is installed anew.
 demo test lint calibrate fisher fit-nuq friendliness allocate build eval bench-kmeans bench-fisher \
-	bench-decode bench-decode-gpu bench-kernels: | .cache/tmp
+	bench-decode bench-decode-gpu bench-kernels bench-allocation: | .cache/tmp

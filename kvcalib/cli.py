@@ -89,6 +89,15 @@ OutliersOption = Annotated[
 SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept exact and left out of the fit.")]
 
 
+BUDGET_HELP = "Budget in effective bits, every byte counted, such as 2.5: a width for every channel."
+KeyBitsOption = Annotated[
+    int | None, typer.Option(min=1, max=8, help="One code width for all keys, without a budget (experts).")
+]
+ValueBitsOption = Annotated[
+    int | None, typer.Option(min=1, max=8, help="One code width for all values, without a budget (experts).")
+]
+
+
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Errors meant for the user become one message and their exit code."""
@@ -154,7 +163,8 @@ def demo(
         _print_friendliness(done.run_dir)
         _print_evaluations(done.evaluations)
         out_console.print(f"stages took {done.seconds:.0f} s", highlight=False)
-        _print_path("3-bit artifact", out / "nuq3")
+        for path in done.artifacts[-1:]:
+            _print_path("artifact of the smallest budget", path)
 
 
 @app.command()
@@ -165,7 +175,9 @@ def run(
     data: Annotated[
         str | None, typer.Option(help="Calibration text; what follows it in a file is evaluated on.")
     ] = None,
-    bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys and values.")] = None,
+    bits: Annotated[float | None, typer.Option(help=f"{BUDGET_HELP} Default: the recipe's, or 2.5.")] = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the artifact.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.")] = None,
     seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per sequence.")] = None,
@@ -174,31 +186,27 @@ def run(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """All stages: fisher, fit-nuq, friendliness, build, eval."""
+    """All stages: fisher, fit-nuq, friendliness, allocate, build, eval."""
     with _errors():
+        uniform = _one_dial(bits, key_bits, value_bits)
         _quiet_libraries()
-        from kvcalib.recipe import Recipe, read_recipe
+        from kvcalib.recipe import DEFAULT_BITS, Recipe, read_recipe
         from kvcalib.stages import pipeline
 
         if target.endswith((".yaml", ".yml")):
             recipe = read_recipe(Path(target))
         else:
             name = target.rstrip("/").rsplit("/", 1)[-1].lower()
-            recipe = Recipe(model=target, out=out or Path("artifacts") / f"{name}-nuq{bits or 3}")
-        body = recipe.model_dump()
-        given = {"samples": samples, "seq_len": seq_len, "data": data}
-        body["fisher"].update({k: v for k, v in given.items() if v is not None})
-        if body["evaluate"] is not None:
-            chosen = {"seq_len": seq_len, "data": eval_data or data}
-            body["evaluate"].update({k: v for k, v in chosen.items() if v is not None})
-        for part in ("fisher", "evaluate"):
-            if body[part] is not None:
-                body[part].update({k: v for k, v in {"dtype": dtype, "device": device}.items() if v != "auto"})
-        if bits is not None:
-            body["fit"].update(key_bits=bits, value_bits=bits)
-        if out is not None:
-            body["out"] = out
-        recipe = Recipe.model_validate(body)
+            width = f"k{key_bits or 3}v{value_bits or 3}" if uniform else f"{bits or DEFAULT_BITS:g}"
+            recipe = Recipe(model=target, out=Path("artifacts") / f"{name}-nuq{width}")
+        where = {name: value for name, value in (("dtype", dtype), ("device", device)) if value != "auto"}
+        calibrating = {"samples": samples, "seq_len": seq_len, "data": data}
+        judging = {"seq_len": seq_len, "data": eval_data or data}
+        recipe = recipe.changed(
+            bits, key_bits, value_bits, out,
+            where | {name: value for name, value in calibrating.items() if value is not None},
+            where | {name: value for name, value in judging.items() if value is not None},
+        )  # fmt: skip
         done = pipeline.run(recipe, overwrite)
         _print_friendliness(done.run_dir)
         _print_evaluations(done.evaluations)
@@ -254,9 +262,11 @@ def fisher(
 @app.command("fit-nuq")
 def fit_nuq(
     run: RunArgument,
-    bits: Annotated[int, typer.Option(min=1, max=8, help="Bits of keys and values.")] = 3,
-    key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
-    value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help=f"{BUDGET_HELP} Codebooks of all widths are fitted anyway.")
+    ] = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
     granularity: Annotated[str, typer.Option(help="One key codebook per layer, head or channel.")] = "channel",
     value_granularity: Annotated[str, typer.Option(help="One value codebook per layer, head or channel.")] = "channel",
     value_scale: Annotated[
@@ -273,12 +283,12 @@ def fit_nuq(
 ) -> None:
     """Codebooks by weighted k-means, and the predicted loss of every width of every channel."""
     with _errors():
+        uniform = _one_dial(bits, key_bits, value_bits)
         from kvcalib.rundir import RunDir
         from kvcalib.stages import fit_nuq as stage
 
         settings = _settings(
-            stage.FitNuqSettings, key_bits=bits if key_bits is None else key_bits,
-            value_bits=bits if value_bits is None else value_bits, granularity=granularity,
+            stage.FitNuqSettings, **uniform, granularity=granularity,
             value_granularity=value_granularity, value_scale=value_scale, outliers=outliers, sinks=sinks, format=format,
             weights=weights, qnorm=qnorm, solver=solver,
         )  # fmt: skip
@@ -293,6 +303,12 @@ def fit_nuq(
                 table.add_row(str(layer), role, *(f"{loss:.1e}" for loss in losses))
         out_console.print(table)
         _print_path("codebooks", run / "codebooks.safetensors")
+        if bits is not None:
+            from kvcalib.stages import allocate as allocation
+            from kvcalib.stages.dial import at_budget
+
+            found, _ = allocation.run(RunDir(run), at_budget(RunDir(run), bits))
+            _print_allocated(found.effective_bits, found.mean_width, run)
 
 
 @app.command()
@@ -410,10 +426,10 @@ def build(
     run: RunArgument,
     out: Annotated[Path, typer.Option(help="Folder of the artifact.")],
     bits: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Bits of keys and values; default: as allocated, else as fitted.")
+        float | None, typer.Option(help=f"{BUDGET_HELP} Default: the run's widths as allocated, else as fitted.")
     ] = None,
-    key_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of keys, if other.")] = None,
-    value_bits: Annotated[int | None, typer.Option(min=1, max=8, help="Bits of values, if other.")] = None,
+    key_bits: KeyBitsOption = None,
+    value_bits: ValueBitsOption = None,
     recent: Annotated[int, typer.Option(min=0, help="Last tokens that a loader keeps exact by default.")] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -422,19 +438,19 @@ def build(
         from kvcalib.rundir import RunDir
         from kvcalib.stages import allocate as allocation
         from kvcalib.stages import build as stage
+        from kvcalib.stages.dial import at_budget, budget_of
 
+        uniform = _one_dial(bits, key_bits, value_bits)
         run_dir = RunDir(run)
-        uniform = (bits, key_bits, value_bits) != (None, None, None)
-        widths = None if uniform or run_dir.record("allocate") is None else allocation.load(run_dir)[1]
-        stage.run(
-            run_dir,
-            out,
-            bits if key_bits is None else key_bits,
-            bits if value_bits is None else value_bits,
-            recent,
-            overwrite,
-            widths,
-        )
+        widths, budget = None, None
+        if bits is not None:
+            found, widths = allocation.run(run_dir, at_budget(run_dir, bits))
+            _print_allocated(found.effective_bits, found.mean_width, run)
+            budget = budget_of(found)
+        elif not uniform and run_dir.record("allocate") is not None:
+            found, widths = allocation.load(run_dir)
+            budget = budget_of(found)
+        stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget)
         _print_path("artifact", out)
 
 
@@ -488,11 +504,15 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
         manifest = store.read_manifest(target)
         key, value = manifest.mean_bits
         grid = Table.grid(padding=(0, 2))
-        fit, source = manifest.fit, manifest.calibration
+        fit, source, asked = manifest.fit, manifest.calibration, manifest.budget
         for name, shown in (
             ("model", f"{manifest.model.name} ({manifest.model.model_type})"),
             ("made by", f"kvcalib {manifest.producer.version}, format version {manifest.format_version}"),
             ("codes", f"keys {key:.2f} bit, values {value:.2f} bit, {fit.format}, weights {fit.weights}"),
+            (
+                "budget",
+                "none" if asked is None else f"{asked.asked:g} effective bits, {asked.planned:.3f} in a long cache",
+            ),
             ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
             (
                 "exact",
@@ -570,7 +590,13 @@ def validate(
         for part, settings in (("fisher", checked.fisher), ("evaluate", checked.evaluate)):
             if settings is not None and Path(settings.data).suffix in SUFFIXES and not Path(settings.data).is_file():
                 raise InputError(f"{recipe}: {part}.data is {settings.data!r}: no such file")
-        bits = f"keys {checked.fit.key_bits} bit, values {checked.fit.value_bits} bit"
+        spending = checked.allocate
+        if spending is None:
+            bits = f"keys {checked.fit.key_bits} bit, values {checked.fit.value_bits} bit"
+        elif spending.budget is None:
+            bits = f"mean code width {spending.widths:g}"
+        else:
+            bits = f"{spending.budget:g} effective bits"
         print(f"{recipe}: valid; model {checked.model}, {bits}")
 
 
@@ -586,6 +612,25 @@ def _settings(kind: Callable[..., Any], **values: Any) -> Any:
             raise InputError(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise InputError(f"{option} is {first['input']!r}: {first['msg']}") from None
+
+
+def _one_dial(bits: float | None, key_bits: int | None, value_bits: int | None) -> dict[str, int]:
+    """The code widths that were given, if no budget was; both are refused, and so is a budget of nothing."""
+    uniform = {n: v for n, v in (("key_bits", key_bits), ("value_bits", value_bits)) if v is not None}
+    if bits is not None and uniform:
+        option = "--" + next(iter(uniform)).replace("_", "-")
+        raise InputError(
+            f"--bits {bits:g} (a budget in effective bits) and {option} (one code width for all) exclude each other; "
+            "give one of the two"
+        )
+    if bits is not None and not 0 < bits < float("inf"):
+        raise InputError(f"--bits is {bits:g}: expected effective bits above 0, such as 2.5")
+    return uniform
+
+
+def _print_allocated(effective_bits: float, mean_width: float, run: Path) -> None:
+    out_console.print(f"{effective_bits:.3f} effective bits, mean code width {mean_width:.3f}", highlight=False)
+    _print_path("widths", run / "allocation.safetensors")
 
 
 def _print_path(what: str, path: Path) -> None:
@@ -611,17 +656,38 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         return
     first = results[0]
     table = Table(title="quality and size")
-    columns = ("", "effective\nbits", "cache bytes\nper token", "perplexity", "delta\nNLL", "KLD", "top-1\nagreement")
+    asked = any(r.budget is not None for r in results)
+    columns = (
+        "",
+        *(["bits\nasked for"] if asked else []),
+        "effective\nbits",
+        "cache bytes\nper token",
+        "perplexity",
+        "delta\nNLL",
+        "KLD",
+        "top-1\nagreement",
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     per_token = first.fp16_cache_bytes / first.seq_len
-    table.add_row("fp16", "16.00", f"{per_token:.0f}", f"{_exp(first.fp16_nll):.3f}", "", "0", "")
+    table.add_row(
+        "fp16", *([""] if asked else []), "16.00", f"{per_token:.0f}", f"{_exp(first.fp16_nll):.3f}", "", "0", ""
+    )
     for r in results:
+        wanted = ["" if r.budget is None else f"{r.budget:.2f}"] if asked else []
         table.add_row(
-            Path(r.artifact).name, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}", f"{r.ppl:.3f}",
-            f"{r.delta_nll:+.5f}", f"{r.kld:.5f}", f"{100 * r.top1_agreement:.2f} %",
+            Path(r.artifact).name, *wanted, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
+            f"{r.ppl:.3f}", f"{r.delta_nll:+.5f}", f"{r.kld:.5f}", f"{100 * r.top1_agreement:.2f} %",
         )  # fmt: skip
     out_console.print(table)
+    for r in results:
+        if r.budget is not None and r.long_cache_bits is not None and r.effective_bits > r.budget + 0.005:
+            out_console.print(
+                f"{Path(r.artifact).name}: sinks, a recent window and spare room add to the budget in a cache of only "
+                f"{r.seq_len} tokens; a long one has {r.long_cache_bits:.2f} effective bits",
+                highlight=False,
+                soft_wrap=True,
+            )
     out_console.print(
         f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
         f"{first.prefill} prefill, model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); "

@@ -48,6 +48,7 @@ KEYS = {
 }  # fmt: skip
 FISHER = ("--samples", 4, "--seq-len", 32, "--batch-size", 2, "--keep-tokens", 100)
 EVAL = ("--samples", 2, "--seq-len", 32)
+THREE = ("--key-bits", 3, "--value-bits", 3)
 
 
 def invoke(*arguments):
@@ -110,7 +111,7 @@ def data(home):
 def road(home, model, data):
     """A run whose stages are done, and its artifact; tests that write work on copies."""
     ok("fisher", model, "--run", home / "run", "--data", data, *FISHER)
-    ok("fit-nuq", home / "run", "--bits", 3)
+    ok("fit-nuq", home / "run", *THREE)
     ok("friendliness", home / "run")
     ok("build", home / "run", "--out", home / "nuq3")
     return home
@@ -150,7 +151,7 @@ def test_allocated_widths_are_built(run, tmp_path):
     assert "effective bits" in shown
     ok("build", run, "--out", tmp_path / "mixed")
     mean = store.read_manifest(tmp_path / "mixed").mean_bits
-    ok("build", run, "--out", tmp_path / "plain", "--bits", 4)
+    ok("build", run, "--out", tmp_path / "plain", "--key-bits", 4, "--value-bits", 4)
     assert store.read_manifest(tmp_path / "plain").mean_bits == (4, 4)
     assert mean != (4, 4)
     assert len({float(w) for w in store.read(tmp_path / "mixed")[1]["layers.0.key.widths"].flatten()}) > 1
@@ -179,14 +180,15 @@ def test_inspect_and_verify(road):
 
 
 def test_eval_writes_the_measures(road, model, data, tmp_path):
-    ok("build", road / "run", "--out", tmp_path / "nuq8", "--bits", 8)
+    ok("build", road / "run", "--out", tmp_path / "nuq8", "--key-bits", 8, "--value-bits", 8)
     measure = ("--model", model, "--data", data, *EVAL, "--sinks", 1, "--json")
     shown = ok("eval", road / "nuq3", tmp_path / "nuq8", *measure, tmp_path / "both.json").stdout
     assert "nuq3" in shown
     assert "protocol: " in shown
     narrow, wide = json.loads((tmp_path / "both.json").read_text())
     for row in (narrow, wide):
-        assert set(row) == KEYS | {"artifact", "dtype", "prefill", "protocol"}
+        assert set(row) == KEYS | {"artifact", "dtype", "prefill", "protocol", "budget", "long_cache_bits"}
+        assert row["budget"] is None
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
         assert row["delta_nll"] == pytest.approx(row["nll"] - row["fp16_nll"])
         assert (row["seq_len"], row["tokens"], row["sinks"], row["recent"]) == (32, 64, 1, 0)
@@ -201,7 +203,7 @@ def test_eval_writes_the_measures(road, model, data, tmp_path):
 def test_stages_are_up_to_date_the_second_time(run, model, data):
     before = snapshot(run)
     assert "up to date" in ok("fisher", model, "--run", run, "--data", data, *FISHER).stderr
-    assert "up to date" in ok("fit-nuq", run, "--bits", 3).stderr
+    assert "up to date" in ok("fit-nuq", run, *THREE).stderr
     assert "up to date" in ok("friendliness", run).stderr
     assert snapshot(run) == before
 
@@ -237,6 +239,8 @@ def test_same_bytes_in_two_processes(model, data, tmp_path):
 
 def test_validate(model, data, tmp_path):
     assert "valid" in ok("validate", recipe(tmp_path, model, data)).stdout
+    assert "2.5 effective bits" in ok("validate", recipe(tmp_path, model, data)).stdout
+    assert "keys 4 bit, values 3 bit" in ok("validate", recipe(tmp_path, model, data, key_bits=4)).stdout
     refused(2, "fit.key_bits is 9: .*less than or equal to 8", "validate", recipe(tmp_path, model, data, key_bits=9))
     refused(2, "colour is 1", "validate", recipe(tmp_path, model, data, colour=1))
     refused(2, "no such file", "validate", recipe(tmp_path, model, tmp_path / "none.txt"))
@@ -354,14 +358,15 @@ def test_bad_text(road, model, tmp_path, name, text, message):
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 9])
-def test_bits_out_of_range(run, model, tmp_path, bits):
+def test_code_widths_out_of_range(run, model, tmp_path, bits):
     before = snapshot(run)
-    for option in ("--bits", "--key-bits", "--value-bits"):
-        refused(2, f"{option}.*{bits}.*1<=x<=8|{option} is {bits}", "fit-nuq", run, option, bits)
-        refused(2, f"{option}.*{bits}.*1<=x<=8|{option} is {bits}", "build", run, "--out", tmp_path / "a", option, bits)
-    refused(2, f"--bits.*{bits}", "run", model, "--out", tmp_path / "a", "--bits", bits)
+    for option in ("--key-bits", "--value-bits"):
+        wrong = f"{option}.*{bits}.*1<=x<=8|{option} is {bits}"
+        refused(2, wrong, "fit-nuq", run, option, bits)
+        refused(2, wrong, "build", run, "--out", tmp_path / "a", option, bits)
+        refused(2, wrong, "run", model, "--out", tmp_path / "a", option, bits)
     assert snapshot(run) == before
-    assert not (tmp_path / "a").exists()
+    assert snapshot(tmp_path).keys() == {f"run/{name}" for name in before}
 
 
 @pytest.mark.parametrize(
@@ -479,9 +484,9 @@ def test_folder_of_another_run(run, data, tmp_path, model):
 
 def test_folder_of_another_artifact(run, artifact):
     before = snapshot(artifact)
-    refused(4, "another artifact.*--overwrite", "build", run, "--out", artifact, "--bits", 2)
+    refused(4, "another artifact.*--overwrite", "build", run, "--out", artifact, "--key-bits", 2)
     assert snapshot(artifact) == before
-    ok("build", run, "--out", artifact, "--bits", 2, "--overwrite")
+    ok("build", run, "--out", artifact, "--key-bits", 2, "--overwrite")
     assert "keys 2.00 bit" in ok("inspect", artifact).stdout
 
 
@@ -518,7 +523,7 @@ def test_failed_write_changes_nothing(run, artifact, model, data, tmp_path, monk
     refused(code, message, "fisher", model, "--run", tmp_path / "new", "--data", data, *FISHER)
     refused(code, message, "fisher", model, "--run", run, "--data", data, *FISHER, "--seed", 1, "--overwrite")
     refused(code, message, "fit-nuq", run, "--sinks", 1)
-    refused(code, message, "build", run, "--out", artifact, "--bits", 2, "--overwrite")
+    refused(code, message, "build", run, "--out", artifact, "--key-bits", 2, "--overwrite")
     refused(code, message, "build", run, "--out", tmp_path / "fresh")
     refused(
         code, message, "eval", artifact, "--model", model, "--data", data, *EVAL, "--json", tmp_path / "measures.json"

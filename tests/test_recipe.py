@@ -6,6 +6,7 @@ import pytest
 
 from kvcalib.errors import InputError
 from kvcalib.recipe import Recipe, read_recipe
+from kvcalib.stages.allocate import AllocateSettings
 
 PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
 
@@ -31,8 +32,67 @@ def test_defaults_and_given_fields(tmp_path):
     recipe = read_recipe(recipe_file(tmp_path, "model: m\nout: a/b\nfit: {key_bits: 2, sinks: 1}\nevaluate:\n"))
     assert recipe == Recipe(model="m", out=Path("a/b"), fit={"key_bits": 2, "sinks": 1}, evaluate=None)
     assert (recipe.fit.key_bits, recipe.fit.value_bits, recipe.fisher.samples) == (2, 3, 16)
+    assert (recipe.bits, recipe.allocate) == (None, None)
     assert recipe.run_path == Path("a/b.run")
     assert read_recipe(recipe_file(tmp_path, "model: m\nout: a\nrun_dir: r\n")).run_path == Path("r")
+
+
+@pytest.mark.parametrize(
+    ("text", "bits", "spending"),
+    [
+        ("", 2.5, {"budget": 2.5}),
+        ("bits: 3", 3.0, {"budget": 3.0}),
+        ("bits: '3.25'", 3.25, {"budget": 3.25}),
+        ("bits: 3.1\nallocate: {per: head}", 3.1, {"budget": 3.1, "per": "head"}),
+        ("allocate: {group: 0}", 2.5, {"budget": 2.5, "group": 0}),
+        ("allocate: {budget: 4}", 4.0, {"budget": 4.0}),
+        ("allocate: {budget: 4}\nbits: 4.0", 4.0, {"budget": 4.0}),
+        ("allocate: {widths: 2}", None, {"widths": 2.0}),
+        ("fit: {value_bits: 4}", None, None),
+        ("allocate:", None, None),
+    ],
+)
+def test_one_dial(tmp_path, text, bits, spending):
+    recipe = read_recipe(recipe_file(tmp_path, f"model: m\nout: a\n{text}\n"))
+    assert recipe.bits == bits
+    assert recipe.allocate == (None if spending is None else AllocateSettings(**spending))
+    assert Recipe.model_validate(recipe.model_dump(exclude_unset=True)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bits: 3\nfit: {key_bits: 3}", "fit.key_bits and bits are both given"),
+        ("allocate: {per: head}\nfit: {value_bits: 3}", "fit.value_bits and allocate are both given"),
+        ("bits: 3\nallocate: {widths: 2}", "bits is 3 and allocate.widths is 2; leave one"),
+        ("bits: 3\nallocate: {budget: 2}", "bits is 3 and allocate.budget is 2; leave one"),
+        ("allocate: {budget: 2, widths: 2}", "allocate is .*give one of"),
+        ("allocate: {per: row}", "allocate.per is 'row': .*'layer', 'head' or 'channel'"),
+        ("allocate: {budget: -1}", r"recipe.yaml: allocate.budget is -1: Input should be greater than 0$"),
+        ("bits: -1", "recipe.yaml: bits is -1: Input should be greater than 0$"),
+        ("bits: many\nallocate: {per: head}", "recipe.yaml: bits is 'many': .*valid number[^;]*$"),
+        ("allocate: 3", "allocate is 3: .*valid dictionary"),
+    ],
+)
+def test_dials_that_exclude_each_other_or_are_wrong(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read_recipe(recipe_file(tmp_path, f"model: m\nout: a\n{text}\n"))
+
+
+def test_changed_keeps_what_was_given(tmp_path):
+    text = "model: m\nout: a\nallocate: {per: head, budget: 4}\nfisher: {samples: 3}\nfit: {sinks: 2}\n"
+    recipe = read_recipe(recipe_file(tmp_path, text))
+    other = recipe.changed(bits=3.5, out=Path("b"), fisher={"seq_len": 64}, evaluate={"seq_len": 32})
+    assert other.allocate == AllocateSettings(budget=3.5, per="head")
+    assert (other.bits, other.out, other.fit.sinks) == (3.5, Path("b"), 2)
+    assert (other.fisher.samples, other.fisher.seq_len, other.evaluate.seq_len) == (3, 64, 32)
+    uniform = other.changed(key_bits=4)
+    assert (uniform.bits, uniform.allocate, uniform.fit.key_bits, uniform.fit.sinks) == (None, None, 4, 2)
+    assert uniform.changed(value_bits=2).fit.bits == {"key": 4, "value": 2}
+    assert uniform.changed(bits=3).allocate == AllocateSettings(budget=3)
+    assert recipe.changed() == recipe
+    with pytest.raises(ValueError, match="key_bits and bits are both given"):
+        recipe.changed(bits=3, key_bits=3)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,13 @@ class RuntimeDefaults(Record):
     recent: int = Field(default=0, ge=0, description="Last tokens that stay exact.")
 
 
+class Budget(Record):
+    """Effective bits of a long cache, every byte counted, without sinks, recent window and spare room."""
+
+    asked: float = Field(gt=0, description="The budget that the widths were chosen for.")
+    planned: float = Field(gt=0, description="What the chosen widths take.")
+
+
 class TensorRecord(Record):
     """One tensor of `tensors.safetensors`."""
 
@@ -119,13 +126,14 @@ class Manifest(Record):
     calibration: Calibration
     fit: FitSettings
     runtime: RuntimeDefaults
+    budget: Budget | None = Field(default=None, description="Absent if none was given. Informative.")
     layers: list[LayerSpec]
     tensors: dict[str, TensorRecord]
     files: dict[str, Sha256] = Field(description="sha256 of the artifact's other files.")
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
-        body = self.model_dump(mode="json")
+        body = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)
         return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
 
     @property

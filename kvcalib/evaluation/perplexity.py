@@ -46,6 +46,10 @@ class Evaluation(BaseModel):
         description="All bytes of the packed layers times 8, per key or value element; layers that a plan kept exact "
         "count too, at 16 bits an element."
     )
+    budget: float | None = Field(default=None, description="Effective bits that the artifact was asked to have.")
+    long_cache_bits: float | None = Field(
+        default=None, description="Those of the plan for this budget, without sinks, recent window and spare room."
+    )
     cache_bytes: float = Field(description="Bytes of the cache of one sequence of seq_len tokens.")
     fp16_cache_bytes: float = Field(description="The same in 16 bit.")
     seq_len: int
@@ -138,7 +142,7 @@ def _result(
     if not (math.isfinite(nll) and math.isfinite(exact_nll)):
         which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
         raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
-    default = artifact.manifest.runtime
+    default, budget = artifact.manifest.runtime, artifact.manifest.budget
     return Evaluation(
         artifact=str(artifact.path or artifact.manifest.model.name),
         nll=nll,
@@ -148,6 +152,8 @@ def _result(
         kld=total["kld"] / positions,
         top1_agreement=total["agree"] / positions,
         effective_bits=held[1],
+        budget=None if budget is None else budget.asked,
+        long_cache_bits=None if budget is None else budget.planned,
         cache_bytes=held[0],
         fp16_cache_bytes=exact_bytes,
         seq_len=seq_len,

@@ -102,7 +102,7 @@ class Artifact:
             CorruptFile: it is damaged. InputError: there is none.
         """
         cache = self.new_cache(model, sinks, recent)
-        places = {i: Place(execution_device(m), *_kv_shape(model, i)) for i, m in find_attention(model).items()}
+        places = {i: Place(execution_device(m), *kv_shape(model, i)) for i, m in find_attention(model).items()}
         restore(cache, Path(path), places)
         return cache
 
@@ -154,7 +154,7 @@ def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:
                 f"(layers that do: {sorted(stock)}); build one for it"
             )
         for role, spec in (("key", layer.key), ("value", layer.value)):
-            for name, found_size in zip(("kv_heads", "head_dim"), _kv_shape(model, layer.index), strict=True):
+            for name, found_size in zip(("kv_heads", "head_dim"), kv_shape(model, layer.index), strict=True):
                 if getattr(spec, name) != found_size:
                     raise ArtifactMismatch(
                         f"{where}: layers[{layer.index}].{role}.{name} is {getattr(spec, name)}, this model has "
@@ -169,7 +169,7 @@ def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:
     return found
 
 
-def _kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
+def kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
     """`(kv heads, head_dim)` of one layer, from the config."""
     config: Any = model.config.get_text_config(decoder=True)
     config = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers

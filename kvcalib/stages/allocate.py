@@ -7,6 +7,7 @@ budget in effective bits into code bits, counting every byte, and records the pl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
+from kvcalib.allocation import spare
 from kvcalib.allocation.fisher import Per
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
@@ -40,7 +42,7 @@ from kvcalib.stages.fit_nuq import ROLES, Codebooks
 from kvcalib.stages.measure import MeasureSettings, Subject, isolated, text_id
 from kvcalib.stages.progress import note
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 POSITION_BITS = 32
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
@@ -250,10 +252,15 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
 
     def attempt(room: int) -> tuple[Proposal, Widths, float]:
         plan = propose(room)
+        if settings.budget is not None and plan.fill is not None:
+            fuller = plan.fill(int(settings.budget * everything - fixed) // spare.WORD)
+            # Heads whose words stand alone can take a word more than the row as a whole.
+            if effective_bits(codebooks, {**fuller.widths, **exact}) <= settings.budget + 1e-9:
+                plan = replace(fuller, bound=plan.bound)
         widths: Widths = dict(sorted({**plan.widths, **exact}.items()))
         return plan, widths, effective_bits(codebooks, widths)
 
-    first = room
+    first, bound = room, None
     while True:
         try:
             found = attempt(room)
@@ -263,6 +270,7 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
                 f"allocate: {given} leaves {room} code bits per token, {room / elements:.3f} a channel: {error}; "
                 "give another budget or method"
             ) from None
+        bound = found[0].bound if room == first else bound
         excess = 0 if settings.budget is None else found[2] - settings.budget
         if excess <= 1e-9 or room == 0:
             break
@@ -274,7 +282,8 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
         other = attempt(between) if between > room else found
         if other[2] <= (settings.budget or 0) + 1e-9 and other[0].loss < found[0].loss:
             found = other
-    return found
+    plan, widths, bits = found
+    return replace(plan, bound=bound), widths, bits
 
 
 def load(run_dir: RunDir) -> tuple[Allocation, Widths]:

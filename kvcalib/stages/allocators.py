@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcalib.allocation import fisher, qaq
+from kvcalib.allocation import fisher, qaq, spare
 from kvcalib.allocation.fisher import Per, Table
 from kvcalib.allocation.kl import measured_loss
 from kvcalib.allocation.sensitivity import HeadStatistics, head_statistics, relative
@@ -38,11 +38,13 @@ class Proposal:
     Attributes:
         widths: by layer and role, a width per channel `[H, D]` uint8.
         loss: predicted loss, nats per token. bound: no plan of these bits and units has a smaller one, where known.
+        fill: the widths that a number of words in all rows together allows, and their loss, where the method can tell.
     """
 
     widths: dict[Name, Tensor]
     loss: float
     bound: float | None = None
+    fill: Callable[[int], Proposal] | None = None
 
 
 Allocator = Callable[[int], Proposal]
@@ -85,7 +87,13 @@ def by_loss(tables: Tables, per: Per, group: int) -> Allocator:
 
     def propose(bits: int) -> Proposal:
         widths, plan = fisher.allocate(list(tables.values()), bits, per, group)
-        return Proposal(dict(zip(tables, widths, strict=True)), plan.loss, plan.bound)
+        plain = dict(zip(tables, widths, strict=True))
+        return Proposal(plain, plan.loss, plan.bound, lambda words: filled(plain, words))
+
+    def filled(plain: dict[Name, Tensor], words: int) -> Proposal:
+        wider = spare.fill(list(tables.values()), list(plain.values()), words, per, group)
+        widths = dict(zip(tables, wider, strict=True))
+        return Proposal(widths, sum(predicted(tables, widths).values()))
 
     return propose
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.manifest import (
-    Calibration as CalibrationRecord,
-)
-from kvcalib.artifact.manifest import (
+    Budget,
     Friendliness,
     LayerSpec,
     Manifest,
     Producer,
     RuntimeDefaults,
     TensorSpec,
+)
+from kvcalib.artifact.manifest import (
+    Calibration as CalibrationRecord,
 )
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pairs
 from kvcalib.quant.packing import GROUP
@@ -37,12 +38,14 @@ def run(
     recent: int = 0,
     overwrite: bool = False,
     widths: dict[tuple[int, Role], Tensor] | None = None,
+    budget: Budget | None = None,
 ) -> Manifest:
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
 
     Args:
         widths: by layer and role, a width per channel `[H, D]` (0..8, 0 meaning its mean) in place of one for all. A
             layer with 16 throughout stays exact: it is left out, and the model's own cache keeps it.
+        budget: effective bits that were asked for and that the plan has, to be recorded.
 
     Raises:
         InputError: a stage before has not run. FolderInUse: `out` holds something else.
@@ -83,6 +86,7 @@ def run(
         calibration=_calibration(calibration.info, len(calibration.tensors["sample.hash"])),
         fit=codebooks.settings.manifest(),
         runtime=RuntimeDefaults(sinks=codebooks.settings.sinks, recent=recent),
+        budget=budget,
         layers=layers,
         tensors={},
         files={},
@@ -133,6 +137,7 @@ def card(manifest: Manifest) -> str:
     """The model card of an artifact, for readers and for the Hub."""
     key, value = manifest.mean_bits
     loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
+    asked = "" if manifest.budget is None else f" within {manifest.budget.asked:g} effective bits"
     base = f"base_model: {manifest.model.name}\n" if "/" in manifest.model.name else ""
     return f"""---
 tags:
@@ -143,7 +148,7 @@ library_name: kvcalib
 
 # KV-cache quantizer for {manifest.model.name}
 
-Built by kvcalib {manifest.producer.version}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
+Built by kvcalib {manifest.producer.version}{asked}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
 {manifest.fit.format}, {100 * manifest.fit.outliers:g} % outliers, {len(manifest.layers)} of
 {manifest.model.num_hidden_layers} layers. Calibrated on {manifest.calibration.tokens} tokens of
 {manifest.calibration.data!r} (NLL {manifest.calibration.nll:.4f} nats per token). Predicted loss: {loss:.5f} nats per

@@ -1,4 +1,4 @@
-"""All stages in a row: `kvcalib run` for one artifact, `kvcalib demo` for the embedded model at four widths."""
+"""All stages in a row: `kvcalib run` for one artifact, `kvcalib demo` for the embedded model at four budgets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 
 from kvcalib.evaluation.perplexity import Evaluation
 from kvcalib.model.loading import BUILTIN, load_model
-from kvcalib.recipe import Recipe
+from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
-from kvcalib.stages import build, evaluate, fisher, fit_nuq, friendliness
+from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq, friendliness
+from kvcalib.stages.allocate import AllocateSettings
+from kvcalib.stages.dial import budget_of, check_budget
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings
-from kvcalib.stages.fit_nuq import FitNuqSettings
+from kvcalib.stages.measure import MeasureSettings
 
-DEMO_BITS = (8, 4, 3, 2)
+DEMO_BITS = (6.0, 4.0, 3.0, DEFAULT_BITS)
+"""Effective bits of the demo's artifacts; the last one's widths stay in its run."""
 
 
 @dataclass
@@ -30,33 +33,40 @@ class Outcome:
 
 def run(recipe: Recipe, overwrite: bool = False) -> Outcome:
     """Every stage of `recipe`, up-to-date ones skipped; the model is loaded once."""
-    return _run(recipe, {recipe.out: (recipe.fit.key_bits, recipe.fit.value_bits)}, overwrite)
+    return _run(recipe, {recipe.out: recipe.allocate}, overwrite)
 
 
 def demo(out: Path) -> Outcome:
-    """The whole road on the embedded model and text, offline: artifacts of 8, 4, 3 and 2 bits under `out`."""
+    """The whole road on the embedded model and text, offline: artifacts of several budgets, under `out`."""
     recipe = Recipe(
         model=BUILTIN,
-        out=out / "nuq3",
+        out=out / f"nuq{DEFAULT_BITS:g}",
         run_dir=out / "run",
         fisher=FisherSettings(samples=16, seq_len=512),
-        fit=FitNuqSettings(key_bits=3, value_bits=3),
         evaluate=EvalSettings(samples=16, seq_len=512),
     )
-    return _run(recipe, {out / f"nuq{bits}": (bits, bits) for bits in DEMO_BITS}, overwrite=True)
+    return _run(recipe, {out / f"nuq{bits:g}": AllocateSettings(budget=bits) for bits in DEMO_BITS}, overwrite=True)
 
 
-def _run(recipe: Recipe, artifacts: dict[Path, tuple[int, int]], overwrite: bool) -> Outcome:
+def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], overwrite: bool) -> Outcome:
     RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
     model = load_model(recipe.model, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
+    for spending in artifacts.values():
+        if spending is not None and spending.budget is not None and not spending.exact_layers:
+            check_budget(model, spending.budget, recipe.fit)
     run_dir = RunDir(recipe.run_path, create=True)
     fisher.run(run_dir, recipe.model, settings, overwrite, model)
     fit_nuq.run(run_dir, recipe.fit)
     friendliness.run(run_dir)
-    for path, (key_bits, value_bits) in artifacts.items():
-        build.run(run_dir, path, key_bits, value_bits, recipe.recent, overwrite)
+    for path, spending in artifacts.items():
+        widths, budget = None, None
+        if spending is not None:
+            measuring = MeasureSettings(model=recipe.model)
+            found, widths = allocate.run(run_dir, spending, measuring, model=model)
+            budget = budget_of(found)
+        build.run(run_dir, path, recent=recipe.recent, overwrite=overwrite, widths=widths, budget=budget)
     measured = []
     if recipe.evaluate is not None:
         chosen = recipe.evaluate
