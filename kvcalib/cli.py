@@ -85,6 +85,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 OutliersOption = Annotated[
     float, typer.Option(min=0, max=0.05, help="Exact share of each token's elements (a fixed number, by rank).")
 ]
+ChoicesOption = Annotated[
+    bool,
+    typer.Option(
+        "--choices",
+        help="Also fit 0, 0.5, 1 and 2 % outliers, per token and per head, for allocate --budget to choose among.",
+    ),
+]
 SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept exact and left out of the fit.")]
 
 
@@ -262,6 +269,7 @@ def fit_nuq(
         str, typer.Option(help="Zero and scale of values per token, or per token and head.")
     ] = "token",
     outliers: OutliersOption = 0.01,
+    choices: ChoicesOption = False,
     sinks: SinksOption = 0,
     format: Annotated[str, typer.Option(help="nuq (fitted), nf (NormalFloat) or int (uniform).")] = "nuq",
     weights: Annotated[
@@ -278,8 +286,9 @@ def fit_nuq(
         settings = _settings(
             stage.FitNuqSettings, key_bits=bits if key_bits is None else key_bits,
             value_bits=bits if value_bits is None else value_bits, granularity=granularity,
-            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers, sinks=sinks, format=format,
-            weights=weights, qnorm=qnorm, solver=solver,
+            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers,
+            choices=stage.Choices() if choices else None, sinks=sinks, format=format, weights=weights, qnorm=qnorm,
+            solver=solver,
         )  # fmt: skip
         codebooks = stage.run(RunDir(run), settings)
         table = Table(title="predicted loss, nats per token")
@@ -323,13 +332,14 @@ def allocate(
         settings = _settings(stage.AllocateSettings, budget=budget, widths=widths, per=per, group=group)
         found, chosen = stage.run(RunDir(run), settings)
         table = Table(title="mean code width")
-        for column in ("layer", "keys", "by head", "values", "by head"):
+        for column in ("layer", "keys", "by head", "exact", "values", "by head", "exact"):
             table.add_column(column, justify="right")
         for layer in sorted({index for index, _ in chosen}):
             cells = []
             for role in ("key", "value"):
                 by_head = chosen[layer, role].float().mean(1)
-                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head)]
+                option = str(found.options[layer, role])
+                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), option]
             table.add_row(str(layer), *cells)
         out_console.print(table)
         out_console.print(
@@ -362,7 +372,7 @@ def build(
 
         run_dir = RunDir(run)
         uniform = (bits, key_bits, value_bits) != (None, None, None)
-        widths = None if uniform or run_dir.record("allocate") is None else allocation.load(run_dir)[1]
+        found, widths = (None, None) if uniform or run_dir.record("allocate") is None else allocation.load(run_dir)
         stage.run(
             run_dir,
             out,
@@ -371,6 +381,7 @@ def build(
             recent,
             overwrite,
             widths,
+            None if found is None else found.options,
         )
         _print_path("artifact", out)
 

@@ -1,7 +1,9 @@
 """Stage `allocate`: codebooks and a budget to a width for every channel.
 
 `allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8; its metadata the
-settings, predicted loss, the bound below which no plan of the budget can lie, and the curve of loss against budget.
+settings, the options (outliers and scope) of every layer's keys and values, predicted loss, the bound below which no
+plan of the budget can lie, and the curve of loss against budget. A budget in effective bits is spent on options and
+widths together (`options.py`); a mean code width leaves the options as `fit-nuq` was given them.
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ from kvcalib.allocation.fisher import Per, Table, allocate
 from kvcalib.calibration.statistics import Calibration, rope_pairs
 from kvcalib.errors import InputError
 from kvcalib.files import read_tensors, write_tensors
-from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import ALLOCATION, CALIBRATION, CODEBOOKS, RunDir
-from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role
+from kvcalib.stages.fit_nuq import ROLES, Codebooks, Option, Options, Role
+from kvcalib.stages.options import POSITION_BITS, row_bits, within
 from kvcalib.stages.progress import note
 
-STAGE_VERSION = 1
-POSITION_BITS = 32
+STAGE_VERSION = 2
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
 
@@ -56,6 +57,14 @@ class Allocation(BaseModel):
     loss: float = Field(description="Predicted loss of the plan, nats per token.")
     bound: float = Field(description="No plan of this budget and these units has a smaller predicted loss.")
     curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the best plans.")
+    key_options: dict[int, Option] = Field(description="Outliers and scope of the keys, by layer.")
+    value_options: dict[int, Option] = Field(description="Outliers and scope of the values, by layer.")
+
+    @property
+    def options(self) -> Options:
+        """Outliers and scope by layer and role."""
+        found: Options = {(layer, "key"): option for layer, option in self.key_options.items()}
+        return found | {(layer, "value"): option for layer, option in self.value_options.items()}
 
 
 Widths = dict[tuple[int, Role], Tensor]
@@ -80,34 +89,24 @@ def run(run_dir: RunDir, settings: AllocateSettings) -> tuple[Allocation, Widths
             Table(codebooks.get(layer, role, "loss"), pairs[layer] if role == "key" else None) for layer, role in names
         ]
         elements = sum(t.loss[0].numel() for t in tables)
-        fixed = _overhead_bits(codebooks)
-        smallest, largest = fixed / elements, fixed / elements + 8
-        if settings.budget is not None and not smallest <= settings.budget <= largest:
-            raise InputError(
-                f"allocate: the budget is {settings.budget:g} effective bits; with {codebooks.settings.outliers:g} "
-                f"outliers the smallest plan has {smallest:.3f} and the largest {largest:.3f}; choose one between, or "
-                "fit with fewer outliers"
-            )
-        room = round(settings.widths * elements) if settings.widths is not None else 0
         if settings.budget is not None:
-            room = int(settings.budget * elements - fixed)
-        while True:
+            best = within(codebooks, calibration, codebooks.layers, settings.budget, settings.per, settings.group)
+            codebooks, widths, loss, bound = best.codebooks, best.widths, best.loss, best.bound
+            tables = [Table(codebooks.get(*name, "loss"), t.pairs) for name, t in zip(names, tables, strict=True)]
+        else:
+            room = round((settings.widths or 0.0) * elements)
             chosen, plan = allocate(tables, room, settings.per, settings.group)
-            widths: Widths = dict(zip(names, chosen, strict=True))
-            bits = effective_bits(codebooks, widths)
-            excess = 0 if settings.budget is None else bits - settings.budget
-            if excess <= 1e-9 or room == 0:
-                break
-            # Rows are whole words: what rounding added comes off the budget of the codes.
-            room = max(0, room - max(1, int(excess * elements)))
+            widths, loss, bound = dict(zip(names, chosen, strict=True)), plan.loss, plan.bound
         curve = [(mean, allocate(tables, int(mean * elements), settings.per, settings.group)[1].loss) for mean in CURVE]
         allocation = Allocation(
             settings=settings,
-            mean_width=sum(int(w.sum()) for w in chosen) / elements,
-            effective_bits=bits,
-            loss=plan.loss,
-            bound=plan.bound,
+            mean_width=sum(int(w.sum()) for w in widths.values()) / elements,
+            effective_bits=effective_bits(codebooks, widths),
+            loss=loss,
+            bound=bound,
             curve=curve,
+            key_options={layer: codebooks.option(layer, "key") for layer in codebooks.layers},
+            value_options={layer: codebooks.option(layer, "value") for layer in codebooks.layers},
         )
         tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
         write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
@@ -134,22 +133,10 @@ def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
     return Allocation.model_validate(found), widths
 
 
-def row_bits(quantizer: Quantizer) -> int:
-    """Bits of everything that is stored of one token of one layer's keys or values."""
-    spec = quantizer.row_spec(torch.float16)
-    return sum(8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in spec.values())
-
-
 def effective_bits(codebooks: Codebooks, widths: Widths) -> float:
     """Bits of a token's rows in all layers, and of its position, per key or value element."""
     total = sum(row_bits(codebooks.quantizer(layer, role, w)) for (layer, role), w in widths.items())
     return (total + POSITION_BITS) / sum(w.numel() for w in widths.values())
-
-
-def _overhead_bits(codebooks: Codebooks) -> int:
-    """Bits of a token that no width changes: outliers, zeros, scales, its position."""
-    nothing = (row_bits(codebooks.quantizer(layer, role, 0)) for layer in codebooks.layers for role in ROLES)
-    return sum(nothing) + POSITION_BITS
 
 
 def _codebooks_hash(run_dir: RunDir) -> Any:
