@@ -429,6 +429,7 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
     """What an artifact or a run is: model, calibration, bits and losses by layer."""
     with _errors():
         from kvcalib.artifact import store
+        from kvcalib.stages.build import exact_share
 
         if (target / "run.json").is_file():
             _inspect_run(target)
@@ -444,7 +445,7 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
             ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
             (
                 "exact",
-                f"{100 * fit.outliers:g} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
+                f"{exact_share(manifest)} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
             ),
             (
                 "calibration",

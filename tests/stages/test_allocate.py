@@ -6,11 +6,11 @@ import torch
 import kvcalib
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import InputError
-from kvcalib.rundir import CALIBRATION
+from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import allocate, build, fit_nuq, options
 from kvcalib.stages.allocate import AllocateSettings
 from kvcalib.stages.fit_nuq import Choices, Codebooks, Option
-from tests.tiny import make_run, tiny_llama, tokens
+from tests.tiny import calibrate, make_run, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,22 @@ def test_options_and_widths_come_out_of_one_budget(model, many, tmp_path, budget
     assert measured_bits(model, tmp_path / "a") == pytest.approx(found.effective_bits, abs=1e-9)
     predicted = sum(spec.predicted_loss for layer in manifest.layers for spec in (layer.key, layer.value))
     assert predicted == pytest.approx(found.loss)
+
+
+def test_outliers_go_where_the_tails_are_heavy(model, tmp_path):
+    """One value of every token made 20 times as large, in layer 1 only: it would stretch the scale of all others."""
+    record = calibrate(model)
+    place = torch.randint(32, (160, 1), generator=torch.Generator().manual_seed(0))
+    flat = record.tensors["layers.1.sample.value"].view(160, 32)
+    flat.scatter_(1, place, 20 * flat.gather(1, place))
+    heavy = RunDir(tmp_path / "run", create=True)
+    record.save(heavy.file(CALIBRATION))
+    heavy.finish("fisher", {"seed": 0}, [CALIBRATION])
+    fit_nuq.run(heavy, fit_nuq.FitNuqSettings(outliers=0.0, choices=Choices(outliers=(0.0, 0.03), scopes=("token",))))
+    found, _ = allocate.run(heavy, AllocateSettings(budget=4.0))
+    assert {name: option.outliers for name, option in found.options.items()} == {
+        (0, "key"): 0.0, (0, "value"): 0.0, (1, "key"): 0.0, (1, "value"): 0.03,
+    }  # fmt: skip
 
 
 def test_a_mean_width_leaves_the_options_alone(many):
