@@ -49,29 +49,32 @@ def within(
     budget: float,
     per: Per,
     group: int,
-    exact: int = 0,
 ) -> Found:
     """Options and widths of `layers` of least predicted loss, with at most `budget` effective bits.
+
+    The codebooks' other layers stay exact, at 16 bits.
 
     Args:
         codebooks: what their `options` are chosen among.
         budget: bits of a token's rows in all layers, and of its position, per key or value element.
         per, group: what takes one width; see `allocation.fisher.allocate`.
-        exact: elements of further layers, that stay exact.
 
     Raises:
         InputError: the budget is below the smallest plan or above the largest one; says which they are.
     """
     names = [(layer, role) for layer in layers for role in ROLES]
+    others = [layer for layer in codebooks.layers if layer not in layers]
+    exact = sum(codebooks.get(layer, role, "weight").numel() for layer in others for role in ROLES)
     elements = exact + sum(codebooks.get(*name, "weight").numel() for name in names)
     fixed = POSITION_BITS + EXACT_BITS * exact
     room = int(budget * elements + 1e-6) - fixed
     rows = problem(codebooks, calibration, names, room, per, group)
     smallest, largest = ((bits + fixed) / elements for bits in (rows.smallest, rows.largest))
     if not smallest <= budget <= largest:
+        given = _named(codebooks, names) + (f" and layers {others} exact" if others else "")
         raise InputError(
-            f"allocate: the budget is {budget:g} effective bits; with {_named(codebooks, names)} the smallest plan has "
-            f"{smallest:.3f} and the largest {largest:.3f}; choose one between, or fit codebooks with fewer outliers"
+            f"allocate: the budget is {budget:g} effective bits; with {given} the smallest plan has {smallest:.3f} and "
+            f"the largest {largest:.3f}; choose one between, or fit codebooks with fewer outliers"
         )
     bound = None
     while True:

@@ -134,6 +134,18 @@ def test_outliers_go_where_the_tails_are_heavy(model, tmp_path):
     }  # fmt: skip
 
 
+def test_layers_left_out_count_at_16_bits(many):
+    codebooks = Codebooks.load(many)
+    calibration, _ = Calibration.load(many.file(CALIBRATION))
+    found = options.within(codebooks, calibration, [1], 10.0, "channel", 16)
+    assert set(found.widths) == set(found.options) == {(1, "key"), (1, "value")}
+    rows = sum(options.row_bits(found.codebooks.quantizer(1, role, found.widths[1, role])) for role in ("key", "value"))
+    assert found.effective_bits == pytest.approx((rows + 64 * 16 + 32) / 128)
+    assert 9.5 < found.effective_bits <= 10
+    with pytest.raises(InputError, match=r"5 % outliers and layers \[0\] exact the smallest plan has"):
+        options.within(codebooks, calibration, [1], 5.0, "channel", 16)
+
+
 def test_a_mean_width_leaves_the_options_alone(many):
     found, _ = allocate.run(many, AllocateSettings(widths=2.0))
     assert {str(option) for option in found.options.values()} == {"3 % outliers per token"}
