@@ -86,6 +86,14 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 OutliersOption = Annotated[
     float, typer.Option(min=0, max=0.05, help="Exact share of each token's elements (a fixed number, by rank).")
 ]
+ChoicesOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--choices/--no-choices",
+        help="Fit 0, 0.5, 1 and 2 % outliers, per token and per head, for a budget to choose among; with neither flag "
+        "the share of --outliers, and none.",
+    ),
+]
 SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept exact and left out of the fit.")]
 
 
@@ -273,6 +281,7 @@ def fit_nuq(
         str, typer.Option(help="Zero and scale of values per token, or per token and head.")
     ] = "token",
     outliers: OutliersOption = 0.01,
+    choices: ChoicesOption = None,
     sinks: SinksOption = 0,
     format: Annotated[str, typer.Option(help="nuq (fitted), nf (NormalFloat) or int (uniform).")] = "nuq",
     weights: Annotated[
@@ -289,8 +298,9 @@ def fit_nuq(
 
         settings = _settings(
             stage.FitNuqSettings, **uniform, granularity=granularity,
-            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers, sinks=sinks, format=format,
-            weights=weights, qnorm=qnorm, solver=solver,
+            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers,
+            sinks=sinks, format=format, weights=weights, qnorm=qnorm, solver=solver,
+            **({} if choices is None else {"choices": stage.Choices() if choices else None}),
         )  # fmt: skip
         codebooks = stage.run(RunDir(run), settings)
         table = Table(title="predicted loss, nats per token")
@@ -374,17 +384,23 @@ def allocate(
         )  # fmt: skip
         found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
         table = Table(title=f"mean code width and predicted loss, {settings.title}")
-        for column in ("layer", "keys", "by head", "loss", "values", "by head", "loss"):
+        for column in ("layer", "keys", "by head", "exact", "loss", "values", "by head", "exact", "loss"):
             table.add_column(column, justify="right")
         for layer in found.layers:
             cells: list[str] = []
             pair = chosen[layer.index, "key"], chosen[layer.index, "value"]
-            for widths_of, loss in zip(pair, (layer.key_loss, layer.value_loss), strict=True):
+            options = found.key_options[layer.index], found.value_options[layer.index]
+            for widths_of, option, loss in zip(pair, options, (layer.key_loss, layer.value_loss), strict=True):
                 by_head = widths_of.float().mean(1)
                 if layer.exact:
-                    cells += ["exact", "16", "0"]
+                    cells += ["exact", "16", "all", "0"]
                 else:
-                    cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), f"{loss:.1e}"]
+                    cells += [
+                        f"{by_head.mean():.2f}",
+                        " ".join(f"{b:.2f}" for b in by_head),
+                        str(option),
+                        f"{loss:.1e}",
+                    ]
             table.add_row(str(layer.index), *cells)
         out_console.print(table)
         _print_checked(found.checked)
@@ -442,15 +458,15 @@ def build(
 
         uniform = _one_dial(bits, key_bits, value_bits)
         run_dir = RunDir(run)
-        widths, budget = None, None
+        widths, budget, options = None, None, None
         if bits is not None:
             found, widths = allocation.run(run_dir, at_budget(run_dir, bits))
             _print_allocated(found.effective_bits, found.mean_width, run)
-            budget = budget_of(found)
+            budget, options = budget_of(found), found.options
         elif not uniform and run_dir.record("allocate") is not None:
             found, widths = allocation.load(run_dir)
-            budget = budget_of(found)
-        stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget)
+            budget, options = budget_of(found), found.options
+        stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget, options)
         _print_path("artifact", out)
 
 
@@ -497,6 +513,7 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
     """What an artifact or a run is: model, calibration, bits and losses by layer."""
     with _errors():
         from kvcalib.artifact import store
+        from kvcalib.stages.build import exact_share
 
         if (target / "run.json").is_file():
             _inspect_run(target)
@@ -516,7 +533,7 @@ def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run'
             ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
             (
                 "exact",
-                f"{100 * fit.outliers:g} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
+                f"{exact_share(manifest)} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
             ),
             (
                 "calibration",

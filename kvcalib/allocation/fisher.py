@@ -45,20 +45,30 @@ def allocate(tables: list[Table], bits: int, per: Per = "channel", group: int = 
     Raises:
         InputError: `bits` is less than 0.
     """
-    parts = [_units(table, per, group, bits / max(1, sum(t.loss[0].numel() for t in tables))) for table in tables]
-    losses, costs = [], []
-    for table, unit in zip(tables, parts, strict=True):
-        count = int(unit.max()) + 1
-        flat = table.loss.double().flatten(1).numpy()
-        losses.append(np.stack([np.bincount(unit, row, count) for row in flat], 1))
-        costs.append(np.bincount(unit, minlength=count)[:, None] * np.arange(MAX_BITS + 1))
-    plan = solve(np.concatenate(losses), np.concatenate(costs), bits)
+    mean = bits / max(1, sum(t.loss[0].numel() for t in tables))
+    parts = [units(table, per, group, mean) for table in tables]
+    plan = solve(np.concatenate([loss for _, loss, _ in parts]), np.concatenate([cost for _, _, cost in parts]), bits)
     widths, start = [], 0
-    for table, unit in zip(tables, parts, strict=True):
-        chosen = plan.choice[start : start + int(unit.max()) + 1]
+    for table, (unit, loss, _) in zip(tables, parts, strict=True):
+        chosen = plan.choice[start : start + len(loss)]
         widths.append(torch.from_numpy(chosen[unit].astype(np.uint8)).view(table.loss.shape[1:]))
         start += len(chosen)
     return widths, plan
+
+
+def units(table: Table, per: Per, group: int, mean: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What takes one width: the unit of every channel `[H * D]`, and loss and bits of every width of it `[U, 9]`.
+
+    Args:
+        table: losses of one layer's keys or values.
+        per, group: see `allocate`.
+        mean: about the width that the budget allows, at which channels are ranked into groups.
+    """
+    unit = _units(table, per, group, mean)
+    count = int(unit.max()) + 1
+    flat = table.loss.double().flatten(1).numpy()
+    loss = np.stack([np.bincount(unit, row, count) for row in flat], 1)
+    return unit, loss, np.bincount(unit, minlength=count)[:, None] * np.arange(MAX_BITS + 1)
 
 
 def _units(table: Table, per: Per, group: int, mean: float) -> np.ndarray:
@@ -75,9 +85,9 @@ def _units(table: Table, per: Per, group: int, mean: float) -> np.ndarray:
     # Sensitivity: the loss at about the width that the budget allows, summed over those that go together.
     near = table.loss[min(MAX_BITS, max(1, round(mean)))].double()
     ranked = near[:, members].sum(-1).argsort(dim=1, descending=True, stable=True)
-    unit = np.empty((heads, dim), np.int64)
-    together = group // members.shape[1]
-    for h in range(heads):
-        for place, member in enumerate(ranked[h].tolist()):
-            unit[h, members[member].numpy()] = h * (dim // group) + place // together
-    return unit.reshape(-1)
+    place = torch.arange(ranked.shape[1]) // (group // members.shape[1])
+    first = torch.arange(heads)[:, None] * (dim // group)
+    unit = torch.empty(heads, dim, dtype=torch.int64)
+    for side in range(members.shape[1]):
+        unit.scatter_(1, members[:, side][ranked], place + first)
+    return unit.flatten().numpy()

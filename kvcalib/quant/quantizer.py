@@ -22,6 +22,9 @@ Rows = dict[str, Tensor]
 """What is stored of N tokens: name to tensor, the token first. `words [N, W]`; with outliers `outlier_index` and
 `outlier_value [N, G, n]`; for values `zero` and `scale [N, G]`. G is 1 (scope "token") or H (scope "head")."""
 
+BYTE_INDEXED = 256
+"""Elements of a group up to which an outlier's index takes one byte."""
+
 
 @dataclass(eq=False)
 class Quantizer:
@@ -111,7 +114,7 @@ class Quantizer:
     @property
     def index_dtype(self) -> torch.dtype:
         """One byte where a group has at most 256 elements, else two."""
-        return torch.uint8 if self.layout.widths.numel() // self.groups <= 256 else torch.int16
+        return torch.uint8 if self.layout.widths.numel() // self.groups <= BYTE_INDEXED else torch.int16
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

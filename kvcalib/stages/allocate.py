@@ -1,8 +1,9 @@
 """Stage `allocate`: codebooks and a budget to a width for every channel.
 
 `allocation.safetensors` holds `layers.I.key.widths` and `layers.I.value.widths`, `[H, D]` uint8: 0..8, or 16 throughout
-a layer that stays exact. Its metadata is `Allocation`. How widths are found is `allocators.py`; this stage turns a
-budget in effective bits into code bits, counting every byte, and records the plan and its plot.
+a layer that stays exact. Its metadata is `Allocation`. How widths are found is `allocators.py`; this stage counts every
+byte of a budget in effective bits, and records the plan and its plot. By loss, a budget is spent on options (outliers
+and scope) and widths together (`options.py`); a mean code width leaves the options as `fit-nuq` was given them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_bytes, write_tensors
 from kvcalib.quant.packing import MAX_BITS
-from kvcalib.quant.quantizer import Quantizer
 from kvcalib.report.allocation import Layer, allocation_plot
 from kvcalib.rundir import ALLOCATION, ALLOCATION_PLOT, CALIBRATION, CODEBOOKS, RunDir
 from kvcalib.stages.allocators import (
@@ -38,12 +38,12 @@ from kvcalib.stages.allocators import (
     predicted,
 )
 from kvcalib.stages.check import Candidate, Checked, candidates, measure, proposers
-from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.fit_nuq import ROLES, Codebooks, Option, Options
 from kvcalib.stages.measure import MeasureSettings, Subject, isolated, text_id
+from kvcalib.stages.options import POSITION_BITS, row_bits, within
 from kvcalib.stages.progress import note
 
-STAGE_VERSION = 3
-POSITION_BITS = 32
+STAGE_VERSION = 4
 CURVE = tuple(step / 4 for step in range(2, 25))
 """Mean code widths at which the curve of loss against budget is taken: 0.5 to 6 bits."""
 
@@ -120,7 +120,15 @@ class Allocation(BaseModel):
     bound: float | None = Field(description="No plan of this budget and these units has less, where that is known.")
     curve: list[tuple[float, float]] = Field(description="(mean code width, predicted loss) of the method's plans.")
     layers: list[LayerPlan]
+    key_options: dict[int, Option] = Field(description="Outliers and scope of the keys, by layer.")
+    value_options: dict[int, Option] = Field(description="Outliers and scope of the values, by layer.")
     checked: list[Checked] = Field(default=[], description="Plans that were measured, if any; this is the best.")
+
+    @property
+    def options(self) -> Options:
+        """Outliers and scope by layer and role."""
+        found: Options = {(layer, "key"): option for layer, option in self.key_options.items()}
+        return found | {(layer, "value"): option for layer, option in self.value_options.items()}
 
     @property
     def gap(self) -> float:
@@ -166,13 +174,21 @@ def run(
             note("allocate: up to date")
             allocation, widths = load(run_dir)
         else:
+            by_solver = settings.budget is not None and settings.method != "qaq"
+            if by_solver:
+                codebooks = within(
+                    codebooks, calibration, layers, settings.budget or 0.0, settings.per, settings.group
+                ).codebooks
             tables = loss_tables(codebooks, calibration, layers)
             others = {}
             if settings.method == "kl" and subject is not None:
                 others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
                 tables = measured_tables(tables, isolated(run_dir, codebooks, layers, subject, texts["kl"]))
             propose = _method(settings, codebooks, calibration, tables)
-            plan, widths, bits = fit(propose, codebooks, settings)
+            if by_solver:
+                plan, widths, bits = _spent(codebooks, calibration, tables, settings)
+            else:
+                plan, widths, bits = fit(propose, codebooks, settings)
             bound, rows = plan.bound, list[Checked]()
             if check and subject is not None:
                 own = Candidate(settings.title, plan, widths, bits, plan.loss)
@@ -182,7 +198,7 @@ def run(
                 elif all(shape.scaling is not None for shape in calibration.info.layers):
                     others["qaq per head"] = by_qaq(codebooks, calibration, tables, "head")
                 found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, check)
-                best, rows = measure(run_dir, found, subject, texts["check"])
+                best, rows = measure(run_dir, found, codebooks, subject, texts["check"])
                 plan, widths, bits = best.plan, best.widths, best.bits
             losses = predicted(tables, plan.widths)
             elements = sum(w.numel() for w in plan.widths.values())
@@ -195,6 +211,8 @@ def run(
                 bound=bound,
                 curve=_curve(propose, elements),
                 layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
+                key_options={layer: codebooks.option(layer, "key") for layer in codebooks.layers},
+                value_options={layer: codebooks.option(layer, "value") for layer in codebooks.layers},
                 checked=rows,
             )
             tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
@@ -208,6 +226,16 @@ def _method(settings: AllocateSettings, codebooks: Codebooks, calibration: Calib
     if settings.per != "channel" and settings.method == "qaq":
         return by_qaq(codebooks, calibration, tables, settings.per, settings.as_published)
     return by_loss(tables, settings.per, settings.group)
+
+
+def _spent(
+    codebooks: Codebooks, calibration: Calibration, tables: Tables, settings: AllocateSettings
+) -> tuple[Proposal, Widths, float]:
+    """As `fit`, by the solver that counts whole words, under the codebooks' options."""
+    layers = _quantized(codebooks, settings)
+    best = within(codebooks, calibration, layers, settings.budget or 0.0, settings.per, settings.group, tables)
+    widths: Widths = dict(sorted({**best.widths, **_exact(codebooks, settings)}.items()))
+    return Proposal(best.widths, best.loss, best.bound), widths, best.effective_bits
 
 
 def drawing(allocation: Allocation) -> str:
@@ -336,12 +364,6 @@ def _checked(path: Path, tensors: dict[str, Tensor], codebooks: Codebooks) -> Wi
                 f"{EXACT} in all keys and values of the layer; {again}"
             )
     return {name: tensors[tensor] for tensor, name in names.items()}
-
-
-def row_bits(quantizer: Quantizer) -> int:
-    """Bits of everything that is stored of one token of one layer's keys or values."""
-    spec = quantizer.row_spec(torch.float16)
-    return sum(8 * torch.Size(shape).numel() * dtype.itemsize for shape, dtype in spec.values())
 
 
 def effective_bits(codebooks: Codebooks, widths: Widths) -> float:

@@ -30,6 +30,7 @@ from kvcalib.rundir import RunDir
 from kvcalib.runtime.loader import load
 from kvcalib.stages import build
 from kvcalib.stages.allocators import Allocator, Name, Proposal, Tables, by_loss, predicted, weighted
+from kvcalib.stages.fit_nuq import ROLES, Codebooks
 from kvcalib.stages.measure import Subject
 from kvcalib.stages.progress import progress
 
@@ -98,14 +99,15 @@ def candidates(
 
 
 def measure(
-    run_dir: RunDir, found: list[Candidate], subject: Subject, sequences: np.ndarray
+    run_dir: RunDir, found: list[Candidate], codebooks: Codebooks, subject: Subject, sequences: np.ndarray
 ) -> tuple[Candidate, list[Checked]]:
-    """Build and evaluate every candidate; the one of least KLD, and the table."""
+    """Build and evaluate every candidate, all under the codebooks' options; the one of least KLD, and the table."""
+    options = {(layer, role): codebooks.option(layer, role) for layer in codebooks.layers for role in ROLES}
     with tempfile.TemporaryDirectory(dir=run_dir.path, prefix=".check-") as folder:
         artifacts = []
         for number, candidate in enumerate(found):
             path = Path(folder) / str(number)
-            build.run(run_dir, path, widths=candidate.widths)
+            build.run(run_dir, path, widths=candidate.widths, options=options)
             artifacts.append(load(path))
         with progress("check", len(sequences), "sequences") as show:
             results = evaluate(subject.model, artifacts, sequences, batch_size=subject.batch_size, on_batch=show)

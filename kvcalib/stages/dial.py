@@ -15,8 +15,9 @@ from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Scope
 from kvcalib.rundir import RunDir
 from kvcalib.runtime.loader import kv_shape
-from kvcalib.stages.allocate import POSITION_BITS, AllocateSettings, Allocation, row_bits
+from kvcalib.stages.allocate import AllocateSettings, Allocation
 from kvcalib.stages.fit_nuq import ROLES, FitNuqSettings
+from kvcalib.stages.options import POSITION_BITS, row_bits
 
 
 def budget_range(shapes: list[tuple[int, int]], settings: FitNuqSettings) -> tuple[float, float]:
@@ -26,7 +27,7 @@ def budget_range(shapes: list[tuple[int, int]], settings: FitNuqSettings) -> tup
         shapes: `(kv heads, head_dim)` of each layer that is packed.
     """
     fixed = sum(
-        _fixed_bits(*shape, role == "value", settings.scope(role), settings.outliers)
+        min(_fixed_bits(*shape, role == "value", o.scope, o.outliers) for o in settings.options(role, *shape))
         for shape in shapes
         for role in ROLES
     )

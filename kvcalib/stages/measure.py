@@ -187,6 +187,7 @@ def isolated(
     key = fingerprint(
         {
             "codebooks": run_dir.settings("fit-nuq"),
+            "options": {f"{layer}.{role}": str(codebooks.option(layer, role)) for layer in layers for role in ROLES},
             "weights": subject.info.model.weights_sha256,
             "rope": subject.info.model.rope_parameters_sha256,
             "dtype": str(subject.model.dtype),

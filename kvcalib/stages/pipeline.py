@@ -61,12 +61,12 @@ def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], overwri
     fit_nuq.run(run_dir, recipe.fit)
     friendliness.run(run_dir)
     for path, spending in artifacts.items():
-        widths, budget = None, None
+        widths, budget, options = None, None, None
         if spending is not None:
             measuring = MeasureSettings(model=recipe.model)
             found, widths = allocate.run(run_dir, spending, measuring, model=model)
-            budget = budget_of(found)
-        build.run(run_dir, path, recent=recipe.recent, overwrite=overwrite, widths=widths, budget=budget)
+            budget, options = budget_of(found), found.options
+        build.run(run_dir, path, None, None, recipe.recent, overwrite, widths, budget, options)
     measured = []
     if recipe.evaluate is not None:
         chosen = recipe.evaluate

@@ -4,7 +4,7 @@ import torch
 from kvcalib.errors import InputError, NonFiniteActivations
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import build, fit_nuq, friendliness
-from kvcalib.stages.fit_nuq import Codebooks, FitNuqSettings
+from kvcalib.stages.fit_nuq import Choices, Codebooks, FitNuqSettings, Option
 from tests.tiny import calibrate, make_run, tiny_llama
 
 
@@ -22,11 +22,12 @@ def test_loss_of_every_width_is_recorded_and_falls_with_bits(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"granularity": "layer"}, {"format": "nf"}, {"qnorm": False}, {"outliers": 0.0},
+                                    {"choices": Choices(outliers=(0.0,))},
                                     {"weights": "none"}, {"value_scale": "head"}, {"sinks": 3}])  # fmt: skip
 def test_every_setting_changes_the_codebooks(tmp_path, change):
     model = tiny_llama()
     default, other = (Codebooks.load(make_run(tmp_path / n, model, **c)).tensors for n, c in (("a", {}), ("b", change)))
-    assert any(not torch.equal(default[n], other[n]) for n in default)
+    assert set(default) != set(other) or any(not torch.equal(default[n], other[n]) for n in default)
 
 
 def test_bits_alone_fit_nothing_anew_and_reach_the_artifact(tmp_path, capsys):
@@ -81,3 +82,29 @@ def test_lloyd_fits_only_nuq(tmp_path):
     run = make_run(tmp_path, tiny_llama())
     with pytest.raises(InputError, match="--solver lloyd"):
         fit_nuq.run(run, FitNuqSettings(solver="lloyd", format="int"))
+
+
+def named(*options):
+    return [Option(outliers=share, scope=scope) for share, scope in options]
+
+
+def test_options_that_are_stored_alike_are_one():
+    """128 elements: 1 % is 2 of a token and 1 of a head; ranks of keys per head only where indices get shorter."""
+    settings = FitNuqSettings(choices=Choices())
+    token = [(0.01, "token"), (0.0, "token"), (0.005, "token"), (0.02, "token")]
+    assert settings.options("key", 2, 64) == named(*token)
+    assert settings.options("value", 2, 64) == named(*token, (0.0, "head"), (0.005, "head"), (0.02, "head"))
+    assert settings.options("key", 8, 128) == named(*token, (0.005, "head"), (0.01, "head"), (0.02, "head"))
+    assert FitNuqSettings(key_outlier_scope="head").options("key", 2, 64) == named((0.01, "head"))
+
+
+def test_an_option_is_what_a_fit_of_it_alone_gives(tmp_path):
+    model = tiny_llama()
+    many = Codebooks.load(make_run(tmp_path / "many", model, choices=Choices(outliers=(0.0, 0.05))))
+    alone = Codebooks.load(make_run(tmp_path / "alone", model, outliers=0.05, value_scale="head"))
+    chosen = many.under({(1, "value"): Option(outliers=0.05, scope="head")})
+    for name in ("ladder", "loss", "weight"):
+        assert torch.equal(chosen.get(1, "value", name), alone.get(1, "value", name))
+    assert not torch.equal(many.get(1, "value", "ladder"), alone.get(1, "value", "ladder"))
+    quantizer = chosen.quantizer(1, "value", 3)
+    assert (quantizer.scope, quantizer.outliers) == ("head", 1)
