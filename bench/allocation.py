@@ -235,7 +235,7 @@ def main():
     run = RunDir(options.run, create=True)
     calibrating = fisher.FisherSettings(data=options.data, samples=options.samples, seq_len=options.seq_len)
     fisher.run(run, options.model, calibrating, model=model)
-    codebooks = fit_nuq.run(run, fit_nuq.FitNuqSettings())
+    codebooks = fit_nuq.run(run, fit_nuq.FitNuqSettings(choices=None))
     data = options.eval_data or options.data
     long = EvalSettings(data=data, samples=options.eval_samples, seq_len=options.seq_len)
     short = EvalSettings(data=data, samples=options.random_samples, seq_len=options.seq_len)

@@ -142,7 +142,7 @@ def build_artifacts(model, data, bits, folder):
 
     run = RunDir(folder / "run", create=True)
     fisher.run(run, model, fisher.FisherSettings(data=data, samples=8, seq_len=512, dtype="float32", device="cpu"))
-    fit_nuq.run(run, fit_nuq.FitNuqSettings())
+    fit_nuq.run(run, fit_nuq.FitNuqSettings(choices=None))
     paths = {}
     for width in bits:
         paths[f"kvcalib{width}"] = str(folder / f"nuq{width}")

@@ -26,14 +26,13 @@ def budget_range(shapes: list[tuple[int, int]], settings: FitNuqSettings) -> tup
     Args:
         shapes: `(kv heads, head_dim)` of each layer that is packed.
     """
-    fixed = sum(
-        min(_fixed_bits(*shape, role == "value", o.scope, o.outliers) for o in settings.options(role, *shape))
+    fixed = [
+        [_fixed_bits(*shape, role == "value", o.scope, o.outliers) for o in settings.options(role, *shape)]
         for shape in shapes
         for role in ROLES
-    )
+    ]
     elements = sum(len(ROLES) * heads * head_dim for heads, head_dim in shapes)
-    smallest = (fixed + POSITION_BITS) / elements
-    return smallest, smallest + MAX_BITS
+    return (sum(map(min, fixed)) + POSITION_BITS) / elements, (sum(map(max, fixed)) + POSITION_BITS) / elements + MAX_BITS
 
 
 @cache
@@ -56,13 +55,18 @@ def check_budget(model: Any, budget: float, settings: FitNuqSettings) -> None:
     if not shapes or smallest <= budget <= largest:
         return
     remedy = "choose a budget between them"
-    bare, _ = budget_range(shapes, settings.model_copy(update={"outliers": 0.0}))
+    bare, _ = budget_range(shapes, settings.model_copy(update={"outliers": 0.0, "choices": None}))
     if bare < smallest and budget < smallest:
         remedy += f"; without outliers (fit.outliers: 0) the smallest plan takes {bare:.2f}"
     raise InputError(
-        f"bits is {budget:g}; with {100 * settings.outliers:g} % outliers this model's cache takes between "
+        f"bits is {budget:g}; with {_shares(settings)} outliers this model's cache takes between "
         f"{smallest:.2f} effective bits (no codes at all) and {largest:.2f} (codes of 8 bits); {remedy}"
     )
+
+
+def _shares(settings: FitNuqSettings) -> str:
+    more = () if settings.choices is None else settings.choices.outliers
+    return " or ".join(f"{100 * share:g} %" for share in sorted({settings.outliers, *more}))
 
 
 def budget_of(found: Allocation) -> Budget | None:

@@ -34,7 +34,7 @@ def run(model, tmp_path_factory):
 def test_a_budget_counts_every_byte(model, run, tmp_path, budget, group):
     found, widths = allocate.run(run, AllocateSettings(budget=budget, group=group))
     assert budget - 0.3 < found.effective_bits <= budget
-    build.run(run, tmp_path / "a", widths=widths)
+    build.run(run, tmp_path / "a", widths=widths, options=found.options)
     artifact = kvcalib.load(tmp_path / "a")
     kvcalib.attach(model, artifact)
     cache = artifact.new_cache(model)
@@ -97,7 +97,7 @@ def test_a_layer_kept_exact_counts_in_plan_eval_and_cache(model, run, tmp_path):
     assert found.layers[1].key_loss == found.layers[1].value_loss == 0
     assert 9.4 < found.effective_bits <= 10.0
     assert found.mean_width == pytest.approx(float(torch.cat([widths[0, r] for r in fit_nuq.ROLES]).float().mean()))
-    manifest = build.run(run, tmp_path / "a", widths=widths)
+    manifest = build.run(run, tmp_path / "a", widths=widths, options=found.options)
     assert [layer.index for layer in manifest.layers] == [0]
     artifact = kvcalib.load(tmp_path / "a")
     cache = live_bits(model, artifact)
@@ -110,7 +110,7 @@ def test_a_layer_kept_exact_counts_in_plan_eval_and_cache(model, run, tmp_path):
     assert result.effective_bits == pytest.approx(found.effective_bits, abs=1e-9)
     # 8 bits instead are nearly exact.
     eight = {name: w.clamp(max=8) for name, w in widths.items()}
-    build.run(run, tmp_path / "b", widths=eight)
+    build.run(run, tmp_path / "b", widths=eight, options=found.options)
     nearly = evaluate(model, [kvcalib.load(tmp_path / "b")], tokens(1, 400).numpy())[0]
     assert result.kld == pytest.approx(nearly.kld, rel=0.1)
 
