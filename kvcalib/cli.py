@@ -332,14 +332,15 @@ def allocate(
         settings = _settings(stage.AllocateSettings, budget=budget, widths=widths, per=per, group=group)
         found, chosen = stage.run(RunDir(run), settings)
         table = Table(title="mean code width")
-        for column in ("layer", "keys", "by head", "exact", "values", "by head", "exact"):
+        for column in ("layer", "keys", "by head", "outliers", "values", "by head", "outliers"):
             table.add_column(column, justify="right")
         for layer in sorted({index for index, _ in chosen}):
             cells = []
             for role in ("key", "value"):
                 by_head = chosen[layer, role].float().mean(1)
-                option = str(found.options[layer, role])
-                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), option]
+                option = found.options[layer, role]
+                shown = f"{100 * option.outliers:g} % per {option.scope}"
+                cells += [f"{by_head.mean():.2f}", " ".join(f"{b:.2f}" for b in by_head), shown]
             table.add_row(str(layer), *cells)
         out_console.print(table)
         out_console.print(

@@ -159,7 +159,7 @@ def test_allocated_widths_are_built(run, tmp_path):
 def test_outliers_are_chosen_with_the_widths(run, tmp_path):
     ok("fit-nuq", run, "--choices", "--outliers", 0.05)
     shown = ok("allocate", run, "--budget", 5).stdout
-    assert "0 % outliers per token" in shown
+    assert "0 % per token" in shown
     ok("build", run, "--out", tmp_path / "a")
     specs = [spec for layer in store.read_manifest(tmp_path / "a").layers for spec in (layer.key, layer.value)]
     assert min(spec.outliers for spec in specs) == 0
