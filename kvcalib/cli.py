@@ -384,7 +384,7 @@ def allocate(
         )  # fmt: skip
         found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
         table = Table(title=f"mean code width and predicted loss, {settings.title}")
-        for column in ("layer", "keys", "by head", "exact", "loss", "values", "by head", "exact", "loss"):
+        for column in ("layer", "keys", "by head", "outliers", "loss", "values", "by head", "outliers", "loss"):
             table.add_column(column, justify="right")
         for layer in found.layers:
             cells: list[str] = []
@@ -393,12 +393,12 @@ def allocate(
             for widths_of, option, loss in zip(pair, options, (layer.key_loss, layer.value_loss), strict=True):
                 by_head = widths_of.float().mean(1)
                 if layer.exact:
-                    cells += ["exact", "16", "all", "0"]
+                    cells += ["exact", "16", "", "0"]
                 else:
                     cells += [
                         f"{by_head.mean():.2f}",
                         " ".join(f"{b:.2f}" for b in by_head),
-                        str(option),
+                        f"{100 * option.outliers:g} % per {option.scope}",
                         f"{loss:.1e}",
                     ]
             table.add_row(str(layer.index), *cells)

@@ -157,6 +157,17 @@ def test_allocated_widths_are_built(run, tmp_path):
     assert len({float(w) for w in store.read(tmp_path / "mixed")[1]["layers.0.key.widths"].flatten()}) > 1
 
 
+def test_outliers_are_chosen_with_the_widths(run, tmp_path):
+    ok("fit-nuq", run, "--choices", "--outliers", 0.05)
+    shown = ok("allocate", run, "--budget", 5).stdout
+    assert "0 % per token" in shown
+    ok("build", run, "--out", tmp_path / "a")
+    specs = [spec for layer in store.read_manifest(tmp_path / "a").layers for spec in (layer.key, layer.value)]
+    assert min(spec.outliers for spec in specs) == 0
+    most = max(100 * spec.outliers / (spec.kv_heads * spec.head_dim) for spec in specs if spec.scope == "token")
+    assert f"{most:.3g} % outliers" in ok("inspect", tmp_path / "a").stdout
+
+
 def test_a_budget_that_cannot_be_met_is_refused(run):
     refused(2, r"budget is 1 effective bits.*smallest plan has", "allocate", run, "--budget", 1)
     refused(2, r"one of --budget", "allocate", run)

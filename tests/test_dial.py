@@ -115,7 +115,7 @@ def test_code_widths_are_no_budget(home, tmp_path):
         (("--bits", 0), "--bits is 0: expected"),
         (("--bits", "nan"), "--bits is nan: expected"),
         (("--bits", "three"), "--bits.*three"),
-        (("--bits", 0.3), r"0\.3.*between 0\.5\d effective bits.*and 8\.5\d|0\.3.*smallest plan has 0\.5"),
+        (("--bits", 0.1), r"0\.1.*between 0\.1\d effective bits.*and 8\.5\d|0\.1.*smallest plan has 0\.1"),
         (("--bits", 9), r"is 9\b.*8\.5"),
     ],
 )
@@ -129,14 +129,18 @@ def test_wrong_budgets(home, tmp_path, command, options, message):
 
 def test_the_range_of_budgets_is_that_of_the_caches():
     model = tiny_llama()
-    smallest, largest = dial.budget_range([(2, 16)] * 2, FitNuqSettings(outliers=0.05))
+    many, only = FitNuqSettings(outliers=0.05), FitNuqSettings(outliers=0.05, choices=None)
+    smallest, largest = dial.budget_range([(2, 16)] * 2, only)
     # A token of one layer: 2 of 32 elements exact (2 bytes and an index of 1) in keys and in values, whose zero and
     # scale take 4 bytes; and one position of 4 bytes for both layers.
     assert smallest == 8 * (2 * (2 * 2 * 3 + 4) + 4) / (2 * 2 * 32)
     assert largest == smallest + 8
-    with pytest.raises(kvcalib.errors.InputError, match=r"without outliers .* takes 0\.75"):
-        dial.check_budget(model, 1.0, FitNuqSettings(outliers=0.05))
-    dial.check_budget(model, 1.0, FitNuqSettings(outliers=0.0))
+    assert dial.budget_range([(2, 16)] * 2, many) == (8 * (2 * 4 + 4) / (2 * 2 * 32), largest)
+    with pytest.raises(kvcalib.errors.InputError, match=r"with 5 % outliers .*without outliers .* takes 0\.75"):
+        dial.check_budget(model, 1.0, only)
+    with pytest.raises(kvcalib.errors.InputError, match=r"with 0 % or 5 % outliers .*between 0\.75 "):
+        dial.check_budget(model, 0.5, many)
+    dial.check_budget(model, 1.0, many)
 
 
 def test_a_budget_in_a_recipe(tmp_path, home):
@@ -149,5 +153,5 @@ def test_a_budget_in_a_recipe(tmp_path, home):
     assert all(spec.mean_bits == int(spec.mean_bits) for layer in manifest.layers for spec in (layer.key, layer.value))
     ok("run", path, "--bits", 5.5, "--out", tmp_path / "b")
     assert store.read_manifest(tmp_path / "b").budget.asked == 5.5
-    path.write_text(json.dumps(body | {"bits": 0.3, "allocate": None}))
-    refused(2, r"bits is 0\.3; .*between 0\.5", "run", path)
+    path.write_text(json.dumps(body | {"bits": 0.1, "allocate": None}))
+    refused(2, r"bits is 0\.1; .*between 0\.1", "run", path)

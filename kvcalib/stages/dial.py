@@ -32,7 +32,9 @@ def budget_range(shapes: list[tuple[int, int]], settings: FitNuqSettings) -> tup
         for role in ROLES
     ]
     elements = sum(len(ROLES) * heads * head_dim for heads, head_dim in shapes)
-    return (sum(map(min, fixed)) + POSITION_BITS) / elements, (sum(map(max, fixed)) + POSITION_BITS) / elements + MAX_BITS
+    return (sum(map(min, fixed)) + POSITION_BITS) / elements, (
+        sum(map(max, fixed)) + POSITION_BITS
+    ) / elements + MAX_BITS
 
 
 @cache

@@ -95,7 +95,9 @@ def test_options_that_are_stored_alike_are_one():
     assert settings.options("key", 2, 64) == named(*token)
     assert settings.options("value", 2, 64) == named(*token, (0.0, "head"), (0.005, "head"), (0.02, "head"))
     assert settings.options("key", 8, 128) == named(*token, (0.005, "head"), (0.01, "head"), (0.02, "head"))
-    assert FitNuqSettings(key_outlier_scope="head").options("key", 2, 64) == named((0.01, "head"))
+    ranked = FitNuqSettings(key_outlier_scope="head")
+    assert ranked.options("key", 2, 64) == named((0.01, "head"), (0.0, "token"))
+    assert ranked.model_copy(update={"choices": None}).options("key", 2, 64) == named((0.01, "head"))
 
 
 def test_an_option_is_what_a_fit_of_it_alone_gives(tmp_path):
