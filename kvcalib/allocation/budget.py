@@ -234,5 +234,6 @@ def _relaxed(loss: np.ndarray, cost: np.ndarray, budget: int) -> tuple[Plan, flo
             level[i] += 1
             spent += int(steps.price[k])
     choice = steps.hull[rows, level]
-    plan = Plan(choice, float(loss[rows, choice].sum()), int(cost[rows, choice].sum()), max(0.0, bound))
-    return plan, price
+    total = float(loss[rows, choice].sum())
+    # Sums in another order round otherwise: a bound above the plan is the plan.
+    return Plan(choice, total, int(cost[rows, choice].sum()), min(max(0.0, bound), total)), price

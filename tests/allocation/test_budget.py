@@ -56,6 +56,12 @@ def test_the_relaxation_bounds_the_optimum(problem):
     assert plan.loss >= best - 1e-9
 
 
+def test_a_loss_far_below_the_others_rounding():
+    loss = np.array([[2.0, 9.99999996e-13]] + [[0.0, 0.0]] * 4)
+    plan = solve(loss, np.array([[0, 1]] + [[0, 0]] * 4), 1)
+    assert (plan.loss, plan.gap) == (9.99999996e-13, 0)
+
+
 def test_a_model_of_70_billion_parameters_takes_seconds():
     """80 layers, 8 heads, 128 channels, keys and values, 9 widths."""
     rng = np.random.default_rng(0)
