@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from kvcalib.runtime import saved
-from kvcalib.runtime.layers import PackedLayer, TapLayer
+from kvcalib.runtime.adaptive import AdaptiveLayer
+from kvcalib.runtime.layers import TapLayer
 from kvcalib.runtime.storage import Rows
 
 
@@ -161,14 +162,13 @@ class PackedCache(DynamicCache):
         """Bytes of everything the cache holds, spare room included."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    def host_nbytes(self) -> int:
+        """Bytes of the exact copies that adaptive layers keep in host memory; not among `nbytes`."""
+        layers = (layer for layer in self.layers if isinstance(layer, AdaptiveLayer))
+        return sum(t.nbytes for layer in layers for t in layer.host_tensors().values())
+
     def effective_bits(self) -> float:
         """Bytes of the packed layers and positions times 8, per cached key or value element of those layers."""
-        elements, held = 0, self._positions.nbytes
-        for index in self.tapped:
-            layer = self.layers[index]
-            if not isinstance(layer, PackedLayer) or not layer.batch:
-                continue
-            per_token = sum(q.layout.widths.numel() for q in layer.quantizers.values())
-            elements += layer.batch * (layer.packed.length + layer.window.length) * per_token
-            held += layer.nbytes
-        return held * 8 / elements if elements else 0.0
+        packed = [layer for layer in map(self._tap_layer, self.tapped) if layer.elements]
+        elements = sum(layer.elements for layer in packed)
+        return (self._positions.nbytes + sum(layer.nbytes for layer in packed)) * 8 / elements if elements else 0.0
