@@ -605,6 +605,13 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for r in results:
+        if r.host_bytes:
+            out_console.print(
+                f"{Path(r.adaptive or r.artifact).name}: on top, {r.host_bytes / r.seq_len:.0f} bytes per token of exact "
+                "copy in host memory",
+                highlight=False,
+            )
 
 
 def _exp(nll: float) -> float:

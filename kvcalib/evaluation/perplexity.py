@@ -7,8 +7,8 @@ half, which alone is scored, reads what was stored, itself included: what servin
 
 With `step` the text goes through in passes of so many tokens, as decoding does: the tokens of a pass see each other and
 the recent window exactly and all others as stored. Adaptive widths are measured so, beside the artifacts themselves in
-the same steps. Both read the same tokens exactly if the recent window is `step - 1` tokens longer than the window of the
-adaptive widths: all queries that count have then seen a token in the pass before it leaves.
+the same steps. Both read the same tokens exactly if the recent window is `step - 1` tokens longer than the window of
+the adaptive widths: all queries that count have then seen a token in the pass before it leaves.
 """
 
 from __future__ import annotations
