@@ -608,8 +608,8 @@ def _print_evaluations(results: list[Evaluation]) -> None:
     for r in results:
         if r.host_bytes:
             out_console.print(
-                f"{Path(r.adaptive or r.artifact).name}: on top, {r.host_bytes / r.seq_len:.0f} bytes per token of exact "
-                "copy in host memory",
+                f"{Path(r.adaptive or r.artifact).name}: on top of this {r.host_bytes / r.seq_len:.0f} bytes per token "
+                "in host memory",
                 highlight=False,
             )
 
