@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvcalib.artifact.store import MANIFEST
+from kvcalib.artifact.store import MANIFEST, MAX_MANIFEST_BYTES
 from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import hash_file
 from kvcalib.quant.quantizer import Quantizer
@@ -28,7 +28,7 @@ Limit = Annotated[float, Field(ge=0)]
 class LayerThresholds(BaseModel):
     """One layer's `adaptive.LayerRule`; a threshold that no weight reaches is above 1."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     index: int = Field(ge=0)
     key: list[Limit]
@@ -39,7 +39,7 @@ class LayerThresholds(BaseModel):
 class Rule(BaseModel):
     """`adaptive.json`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format: Literal["kvcalib-adaptive"] = "kvcalib-adaptive"
     format_version: Literal[1] = 1
@@ -132,6 +132,8 @@ def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int =
     path = folder / RULE
     if not path.is_file():
         raise InputError(f"{folder}: no adaptive widths there (no {RULE}); give the folder that `kvcalib tiers` wrote")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CorruptFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
     raw = path.read_bytes()
     try:
         body = json.loads(raw)

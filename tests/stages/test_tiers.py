@@ -77,7 +77,13 @@ def test_folders_are_checked(made, tmp_path):
         kvcalib.load_adaptive(tmp_path)
     for name, damage, message in (
         ("adaptive.json", lambda p: p.write_text(p.read_text().replace('"window": 5', '"window": 6')), "digest"),
+        (
+            "adaptive.json",
+            lambda p: p.write_text(p.read_text().replace('"bits": 3', '"bits": NaN, "x": 3')),
+            "bits is nan",
+        ),
         ("adaptive.json", lambda p: p.write_text("{"), "not the JSON"),
+        ("adaptive.json", lambda p: p.write_text("[]"), "not the JSON"),
         ("adaptive.json", lambda p: p.write_text(json.dumps({"format": "x"})), "format is 'x'"),
         ("tier-1", shutil.rmtree, "missing"),
         ("tier-1", lambda p: (shutil.rmtree(p), shutil.copytree(folder / "tier-0", p)), "another artifact"),
