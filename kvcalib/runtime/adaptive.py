@@ -49,14 +49,18 @@ class LayerRule:
     mean: float
 
 
-def signal_of(drawn: Tensor, signal: Signal) -> Tensor:
-    """The number that thresholds are set on, from `drawn [..., n]`: weights from the queries t, t+1 .. t+n-1.
+def first_that_counts(window: int, signal: Signal) -> int:
+    """How many of the `window` queries from a token's own on pass before one counts.
 
-    "peak", the paper's: the largest weight from any head. "late": the mean over heads and over the later half of the
-    window; what a token draws right after it came says little about what it will draw.
+    "peak", the paper's signal, is the largest weight from any head and query. "late" is the mean over heads and over
+    the later half of the window; what a token draws right after it came says little about what it will draw.
     """
-    n = drawn.shape[-1]
-    return drawn.amax(-1) if signal == "peak" else drawn[..., n // 2 :].mean(-1)
+    return 0 if signal == "peak" else window // 2
+
+
+def signal_of(drawn: Tensor, signal: Signal) -> Tensor:
+    """The number that thresholds are set on, from the weights `drawn [..., m]` of the queries that count."""
+    return drawn.amax(-1) if signal == "peak" else drawn.mean(-1)
 
 
 def tier_of(signal: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -78,8 +82,8 @@ class AdaptiveLayer(TapLayer):
         keep_exact: "cpu" keeps all tokens exact in host memory as well and chooses again.
         every: tokens from one choice to the next, with `keep_exact`.
 
-    Memory: the pools, the window with the attention drawn so far (float32 `[B, t, window]`). The exact copy is not
-    among `tensors()`, but in `host_tensors()`.
+    Memory: the pools, the window with the attention drawn so far (float32, of each query that counts). The exact copy
+    is not among `tensors()`, but in `host_tensors()`.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class AdaptiveLayer(TapLayer):
                     f"less, and at most {MOST_TIERS} tiers"
                 )
         self.tiers, self.rule, self.signal, self.sinks = list(tiers), rule, signal, sinks
+        self.skipped = first_that_counts(window, signal)
         self.observed, self.recent, self.keep_exact, self.every = window, recent, keep_exact, every
         self._clear()
 
@@ -141,7 +146,7 @@ class AdaptiveLayer(TapLayer):
         if self.keep_exact == "cpu":
             nothing = {"drawn": torch.zeros(shape), "trust": torch.zeros(shape)}
             self.host.append({name: t.to("cpu") for name, t in new.items()} | nothing)
-        new["drawn"] = torch.zeros(*shape, self.observed, device=self.device)
+        new["drawn"] = torch.zeros(*shape, self.observed - self.skipped, device=self.device)
         if self.sinks:
             new["valid"] = torch.ones(shape, dtype=torch.bool, device=self.device)
             if self.valid is not None:
@@ -185,12 +190,12 @@ class AdaptiveLayer(TapLayer):
         """Note what the last queries paid, `band [B, Q, observed]` as `Drawn.band`; pack the tokens that leave."""
         queries, held = band.shape[1], self.window.length
         noted = self.window.read(0, held)["drawn"]
-        for back in range(self.observed):
+        for back in range(self.skipped, self.observed):
             # Query i, counted from the window's first token, pays to token i - back.
             first = max(held - queries - back, 0)
             count = held - back - first
             if count > 0:
-                noted[:, first : first + count, back] = band[:, queries - count :, back]
+                noted[:, first : first + count, back - self.skipped] = band[:, queries - count :, back]
         self._pack(held - self.recent)
 
     def _pack(self, count: int) -> None:

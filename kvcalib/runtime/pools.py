@@ -21,7 +21,8 @@ from kvcalib.runtime.storage import Rows
 
 SHIFT = {"key": 0, "value": 4}
 MOST_TIERS = 15
-MIN_ROOM = 16
+# There are many pools, and what is spare in them counts: a sixteenth at most.
+MIN_ROOM, SHARE = 16, 16
 
 
 def tags_of(key: Tensor, value: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ class Pools:
     def __init__(self, tiers: Sequence[dict[str, Quantizer]]) -> None:
         self.tiers = tiers
         self.exact = len(tiers)
-        self.tags = Rows(MIN_ROOM)
-        self.pools = {(role, c): Rows(MIN_ROOM) for role in ROLES for c in range(self.exact + 1)}
+        self.tags = Rows(MIN_ROOM, SHARE)
+        self.pools = {(role, c): Rows(MIN_ROOM, SHARE) for role in ROLES for c in range(self.exact + 1)}
         self.dtype = torch.float32
 
     @property
@@ -165,7 +166,7 @@ class Pools:
     def _gather(self, role: str, c: int, order: Tensor) -> None:
         """Keep the slots `order` of a pool, in that order; no spare room is left."""
         held = self.pools[role, c]
-        made = Rows(MIN_ROOM)
+        made = Rows(MIN_ROOM, SHARE)
         if len(order):
             made.append({name: t[:, order] for name, t in held.read(0, held.length).items()})
         self.pools[role, c] = made

@@ -178,7 +178,8 @@ def test_live_bytes_are_counted_to_the_byte(case, sinks, keep):
         # A window's room is what the pass needed, or what dropping from its front left of it.
         room = layer.window.tensors()["key"].shape[1]
         assert n <= room <= 40
-        expected += 3 * room * (2 * heads * dim * 4 + n * 4 + (1 if sinks else 0))
+        # Of five queries the last three count.
+        expected += 3 * room * (2 * heads * dim * 4 + 3 * 4 + (1 if sinks else 0))
     assert len(used) > 2
     assert cache.nbytes() == expected
     assert cache.effective_bits() == expected * 8 / (len(artifact.quantizers) * 3 * 40 * 2 * heads * dim)
@@ -187,7 +188,7 @@ def test_live_bytes_are_counted_to_the_byte(case, sinks, keep):
 
 
 def test_spare_room_is_counted_and_bounded(case):
-    """Decoding grows the pools by an eighth at most, and `nbytes` is what the tensors are."""
+    """Decoding grows the pools by a sixteenth at most, and `nbytes` is what the tensors are."""
     model, artifact, rotations, adaptive = case("llama")
     with torch.no_grad(), attached(model, artifact, rotations, adaptive) as new_cache:
         cache, ids = new_cache(), tokens(2, 120)
@@ -197,7 +198,7 @@ def test_spare_room_is_counted_and_bounded(case):
     pools = cache.layers[0].pools
     for rows in pools.pools.values():
         for tensor in rows.tensors().values():
-            assert rows.length <= tensor.shape[1] <= rows.length + max(16, rows.length // 8)
+            assert rows.length <= tensor.shape[1] <= rows.length + max(16, rows.length // 16)
     assert sum(rows.length for (role, _), rows in pools.pools.items() if role == "key") == 2 * pools.length
 
 
