@@ -470,6 +470,35 @@ def build(
         _print_path("artifact", out)
 
 
+@app.command()
+def tiers(
+    run: RunArgument,
+    artifact: Annotated[
+        list[str], typer.Argument(help="Artifacts of this run, of different sizes.", metavar="ARTIFACT...")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the adaptive widths.")],
+    budget: Annotated[float, typer.Option(help="Mean effective bits of packed tokens, every byte counted.")],
+    signal: Annotated[
+        str, typer.Option(help="late (mean over heads and the window's later half) or peak (QAQ's maximum).")
+    ] = "late",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Adaptive widths: which of several artifacts keeps a token, by the attention that it drew."""
+    with _errors():
+        from kvcalib.rundir import RunDir
+        from kvcalib.stages import tiers as stage
+
+        settings = _settings(stage.TierSettings, budget=budget, signal=signal)
+        rule = stage.run(RunDir(run), artifact, out, settings, overwrite)
+        out_console.print(
+            f"{rule.bits:.3f} effective bits on the calibration text, {len(rule.tiers)} tiers, chosen from the first "
+            f"{rule.window} queries that see a token",
+            highlight=False,
+            soft_wrap=True,
+        )
+        _print_path("adaptive widths", out)
+
+
 @app.command("eval")
 def evaluate(
     artifact: Annotated[list[str], typer.Argument(help="Artifact folders or Hub ids.", metavar="ARTIFACT...")],
@@ -485,6 +514,16 @@ def evaluate(
     prefill: Annotated[
         str, typer.Option(help="quantized, or exact: score the second half after an exact prefill of the first.")
     ] = "quantized",
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Feed this many tokens a pass, as decoding does; with --adaptive 1.")
+    ] = None,
+    adaptive: Annotated[
+        str | None, typer.Option(help="Measure these adaptive widths too: a folder that `kvcalib tiers` wrote.")
+    ] = None,
+    keep_exact: Annotated[
+        str, typer.Option(help="no, or cpu: an exact copy in host memory, adaptive widths are chosen again.")
+    ] = "no",
+    every: Annotated[int, typer.Option(min=1, help="Tokens from one such choice to the next.")] = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     batch_size: BatchOption = None,
@@ -501,8 +540,8 @@ def evaluate(
 
         settings = _settings(
             stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
-            prefill=prefill, dtype=dtype, device=device, batch_size=batch_size, seed=seed, revision=revision,
-            trust_remote_code=trust_remote_code,
+            prefill=prefill, step=step, adaptive=adaptive, keep_exact=keep_exact, every=every, dtype=dtype,
+            device=device, batch_size=batch_size, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         loaded = [load(a) for a in artifact]
         _print_evaluations(stage.run(loaded, model or loaded[0].manifest.model.name, settings, json))
@@ -693,7 +732,7 @@ def _print_evaluations(results: list[Evaluation]) -> None:
     for r in results:
         wanted = ["" if r.budget is None else f"{r.budget:.2f}"] if asked else []
         table.add_row(
-            Path(r.artifact).name, *wanted, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
+            Path(r.adaptive or r.artifact).name, *wanted, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
             f"{r.ppl:.3f}", f"{r.delta_nll:+.5f}", f"{r.kld:.5f}", f"{100 * r.top1_agreement:.2f} %",
         )  # fmt: skip
     out_console.print(table)
@@ -712,6 +751,13 @@ def _print_evaluations(results: list[Evaluation]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for r in results:
+        if r.host_bytes:
+            out_console.print(
+                f"{Path(r.adaptive or r.artifact).name}: on top of this {r.host_bytes / r.seq_len:.0f} bytes per token "
+                "in host memory",
+                highlight=False,
+            )
 
 
 def _exp(nll: float) -> float:

@@ -35,6 +35,7 @@ COMMANDS = (
     "fit-nuq",
     "friendliness",
     "allocate",
+    "tiers",
     "build",
     "eval",
     "inspect",
@@ -199,7 +200,9 @@ def test_eval_writes_the_measures(road, model, data, tmp_path):
     assert "protocol: " in shown
     narrow, wide = json.loads((tmp_path / "both.json").read_text())
     for row in (narrow, wide):
-        assert set(row) == KEYS | {"artifact", "dtype", "prefill", "protocol", "budget", "long_cache_bits"}
+        assert set(row) == KEYS | {
+            "artifact", "dtype", "prefill", "protocol", "budget", "long_cache_bits", "step", "adaptive", "host_bytes"
+        }  # fmt: skip
         assert row["budget"] is None
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
         assert row["delta_nll"] == pytest.approx(row["nll"] - row["fp16_nll"])
@@ -210,6 +213,27 @@ def test_eval_writes_the_measures(road, model, data, tmp_path):
     ok("eval", road / "nuq3", *measure, tmp_path / "one.json")
     one = json.loads((tmp_path / "one.json").read_text())
     assert one == pytest.approx(narrow)
+
+
+def test_adaptive_widths_are_measured_beside_their_artifacts(road, model, data, tmp_path):
+    paths = [tmp_path / f"nuq{b}" for b in (1, 4)]
+    for bits, path in zip((1, 4), paths, strict=True):
+        ok("build", road / "run", "--out", path, "--bits", bits)
+    shown = ok("tiers", road / "run", *paths, "--budget", 4, "--out", tmp_path / "two").stdout
+    assert "2 tiers, chosen from the first 5 queries" in shown
+    measure = ("--model", model, "--data", data, *EVAL, "--adaptive", tmp_path / "two", "--step", 3)
+    shown = ok("eval", *paths, *measure, "--keep-exact", "cpu", "--every", 6, "--json", tmp_path / "three.json").stdout
+    assert "bytes per token in host memory" in shown
+    low, high, two = json.loads((tmp_path / "three.json").read_text())
+    assert (two["adaptive"], two["step"], two["recent"]) == (str(tmp_path / "two"), 3, 7)
+    assert low["kld"] > two["kld"] > high["kld"]
+    # Both roles, 2 heads of 16 channels in float32 and two float32 beside, 2 layers, 32 tokens and room for 64 more.
+    assert two["host_bytes"] <= 2 * 96 * (2 * 2 * 16 * 4 + 2 * 4)
+    assert (low["host_bytes"], low["adaptive"]) == (0, None)
+    refused(2, "no adaptive widths there", "eval", paths[0], "--model", model, "--adaptive", tmp_path)
+    refused(2, "--keep-exact is 'cpu' without --adaptive", "eval", paths[0], "--model", model, "--keep-exact", "cpu")
+    refused(2, "budget is 1 effective bits, these artifacts take", "tiers", road / "run", *paths, "--budget", 1,
+            "--out", tmp_path / "x")  # fmt: skip
 
 
 def test_stages_are_up_to_date_the_second_time(run, model, data):

@@ -32,7 +32,7 @@ FILES = {
     "rundir": {"model.identity"},
     "recipe": {"stages"},
     "cli": {*ROOMS, "rundir", "recipe"},
-    "__init__": {"runtime.cache", "runtime.loader"},
+    "__init__": {"runtime.cache", "runtime.loader", "runtime.tiers"},
     "__main__": {"cli"},
 }
 EXTRA = {"stages": {"rundir", "recipe", "__init__"}, "cli": {"__init__"}}  # __init__: only its __version__

@@ -1,9 +1,10 @@
 """How much attention each token draws, in blocks of queries: never a T x T matrix per layer kept.
 
 Accumulated attention (H2O, Q-Hitter): the sum over all queries. Windowed maximum (QAQ): the largest weight from the
-first `window` queries that can see the token, itself included. GQA groups are summed, or maximised, per kv head.
+first `window` queries that can see the token, itself included. Late attention (what adaptive widths are chosen by): the
+mean over the later half of these queries. GQA groups are summed, maximised, or averaged, per kv head.
 
-`BlockAttention` is attention and these two figures in one pass, with its own backward pass: on a CPU, torch's fused
+`BlockAttention` is attention and these figures in one pass, with its own backward pass: on a CPU, torch's fused
 attention takes two and a half times its forward pass to go back, and the weights would be computed twice.
 """
 
@@ -26,7 +27,7 @@ def drawn_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     sliding: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention that causal queries pay to every token of full sequences.
 
     Args:
@@ -34,10 +35,11 @@ def drawn_attention(
         sliding: how many tokens a query sees, itself included; None for all.
 
     Returns:
-        `(total, peak)`, float32 `[B, H, T]`: the sum over queries and group; the maximum over the group and over the
-        queries t .. t + window - 1.
+        `(total, peak, late)`, float32 `[B, H, T]`: the sum over queries and group; the maximum over the group and over
+        the queries t .. t + window - 1; the mean over the group and the queries t + window // 2 .. t + window - 1, in
+        which queries after the sequence's end count as 0.
     """
-    total, peak = (torch.zeros(key.shape[:3], device=key.device) for _ in range(2))
+    total, peak, late = (torch.zeros(key.shape[:3], device=key.device) for _ in range(3))
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     for start, stop, _, scores in _blocks(query.float(), key.float(), scaling, softcap):
         if sliding is not None:
@@ -48,39 +50,40 @@ def drawn_attention(
             weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
         else:
             weights = scores.softmax(-1)
-        _add_drawn(weights, start, stop, window, total, peak)
-    return total, peak
+        _add_drawn(weights, start, stop, window, total, peak, late)
+    return total, peak, late
 
 
 class BlockAttention(torch.autograd.Function):
     """Causal attention of full sequences, float32: `apply(query, key, value, scaling, window)`.
 
     Takes rotated `query [B, Hq, T, D]`, `key [B, H, T, D]` and `value [B, H, T, Dv]`; returns the output
-    `[B, Hq, T, Dv]` and, without gradient, `total` and `peak` as `drawn_attention` does. The backward pass computes the
-    weights of a block again from its scores and their log-sum-exp, as FlashAttention does (arXiv 2205.14135).
+    `[B, Hq, T, Dv]` and, without gradient, `total`, `peak` and `late` as `drawn_attention` does. The backward pass
+    computes the weights of a block again from its scores and their log-sum-exp, as FlashAttention does (arXiv
+    2205.14135).
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See the class."""
         out = query.new_empty(*query.shape[:3], value.shape[3])
         log_sum = query.new_empty(query.shape[:3])
-        total, peak = (torch.zeros(key.shape[:3], device=key.device) for _ in range(2))
+        total, peak, late = (torch.zeros(key.shape[:3], device=key.device) for _ in range(3))
         for start, stop, _, scores in _blocks(query, key, scaling):
             highest = scores.amax(-1, keepdim=True)
             weights = scores.sub_(highest).exp_()
             norm = weights.sum(-1, keepdim=True)
             weights.div_(norm)
-            _add_drawn(weights, start, stop, window, total, peak)
+            _add_drawn(weights, start, stop, window, total, peak, late)
             mixed = weights.flatten(2, 3) @ value[:, :, :stop]
             out[:, :, start:stop] = mixed.view(*weights.shape[:4], -1).flatten(1, 2)
             log_sum[:, :, start:stop] = (highest + norm.log()).squeeze(-1).flatten(1, 2)
         ctx.save_for_backward(query, key, value, out, log_sum)
         ctx.scaling = scaling
-        ctx.mark_non_differentiable(total, peak)
-        return out, total, peak
+        ctx.mark_non_differentiable(total, peak, late)
+        return out, total, peak, late
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
@@ -132,8 +135,8 @@ def _blocks(
         yield start, stop, rows, scores
 
 
-def _add_drawn(weights: Tensor, start: int, stop: int, window: int, total: Tensor, peak: Tensor) -> None:
-    """Take the weights of the queries `start..stop`, `[B, H, G, q, stop]`, into `total` and `peak`."""
+def _add_drawn(weights: Tensor, start: int, stop: int, window: int, total: Tensor, peak: Tensor, late: Tensor) -> None:
+    """Take the weights of the queries `start..stop`, `[B, H, G, q, stop]`, into `total`, `peak` and `late`."""
     total[..., :stop] += weights.sum((2, 3))
     strongest = weights.amax(2)
     for offset in range(min(window, stop)):
@@ -141,3 +144,7 @@ def _add_drawn(weights: Tensor, start: int, stop: int, window: int, total: Tenso
         seen = strongest[:, :, first + offset - start :]
         drawn = seen[..., first : stop - offset].diagonal(dim1=2, dim2=3)
         peak[..., first : stop - offset] = torch.maximum(peak[..., first : stop - offset], drawn)
+        if offset >= window // 2:
+            queries = weights[:, :, :, first + offset - start :, first : stop - offset]
+            each = queries.diagonal(dim1=3, dim2=4).mean(2)
+            late[..., first : stop - offset] += each / (window - window // 2)

@@ -99,7 +99,7 @@ class _Collector:
                 self._forward(call, *drawn)
         return (out.transpose(1, 2), None) if _is_plain(call) else call.plain(query, key, call.value)
 
-    def _forward(self, call: Call, total_drawn: Tensor, peak: Tensor) -> None:
+    def _forward(self, call: Call, total_drawn: Tensor, peak: Tensor, late: Tensor) -> None:
         layer = call.tap.layer
         if layer not in self.shapes:
             self.shapes[layer] = _shape(call, self.sliding[layer])
@@ -119,6 +119,7 @@ class _Collector:
         self._add(f"layers.{layer}.attention.peak_square_sum", peak.square().sum((0, 2), dtype=torch.float64))
         self._keep(f"layers.{layer}.sample.attention_sum", total_drawn.transpose(1, 2))
         self._keep(f"layers.{layer}.sample.attention_peak", peak.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_late", late.transpose(1, 2))
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
         fisher = gradient.detach().float().square()

@@ -11,6 +11,7 @@ heads, n kept tokens):
     layers.i.sample.key_fisher, .value_fisher           [n, H, D]  float32, (dL/dx)^2, L the summed NLL of the sequence
     layers.i.sample.attention_sum, .attention_peak      [n, H]   attention drawn from all later queries; its maximum
                                                         over the first `window` queries
+    layers.i.sample.attention_late                      [n, H]   mean over the later half of these queries
     sample.hash, sample.sequence, sample.position       [n]
 
 All queries and keys are un-rotated.
@@ -132,6 +133,11 @@ def merge(a: Calibration, b: Calibration) -> Calibration:
                 f"cannot merge calibrations: {name} is {getattr(a.info, name)} in one and "
                 f"{getattr(b.info, name)} in the other; calibrate both alike"
             )
+    if set(a.tensors) != set(b.tensors):
+        raise InputError(
+            f"cannot merge calibrations: only one of them has {sorted(set(a.tensors) ^ set(b.tensors))[0]!r}; "
+            "calibrate both with one version of kvcalib"
+        )
     if a.info.model.weights_sha256 != b.info.model.weights_sha256:
         raise InputError(f"cannot merge calibrations of {a.info.model.name!r} and {b.info.model.name!r}: other weights")
     hashes = torch.cat([a.tensors["sample.hash"], b.tensors["sample.hash"]])

@@ -4,6 +4,11 @@ With `prefill="quantized"` every sequence is one forward pass over an empty pack
 stored, for the prompt's own tokens too. That is the hardest protocol (no token but the sinks and the recent window is
 ever exact). With "exact" the first half of a sequence is a prompt whose tokens see each other exactly, and the second
 half, which alone is scored, reads what was stored, itself included: what serving with quantize-after-prefill does.
+
+With `step` the text goes through in passes of so many tokens, as decoding does: the tokens of a pass see each other and
+the recent window exactly and all others as stored. Adaptive widths are measured so, beside the artifacts themselves in
+the same steps. Both read the same tokens exactly if the recent window is `step - 1` tokens longer than the window of
+the adaptive widths: all queries that count have then seen a token in the pass before it leaves.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.loader import Artifact, Prefill, attach, check_fit, detach, prove
+from kvcalib.runtime.tiers import Adaptive
 
 PROTOCOL: dict[Prefill, str] = {
     "quantized": "each sequence in one forward pass on real packed storage, prompt included; KLD is the mean over "
@@ -28,6 +34,10 @@ PROTOCOL: dict[Prefill, str] = {
     "exact": "the first half of each sequence is an exact prefill, the second half is scored in one pass on real "
     "packed storage, its own tokens included; KLD is the mean over its positions of KL(unquantized || quantized)",
 }
+STEPPED = (
+    "{} tokens a pass on real packed storage: a pass's own tokens and the recent window are exact, all others as "
+    "stored; KLD is the mean over positions of KL(unquantized || quantized)"
+)
 
 
 class Evaluation(BaseModel):
@@ -59,6 +69,9 @@ class Evaluation(BaseModel):
     dtype: str
     prefill: Prefill
     protocol: str
+    step: int | None = Field(default=None, description="Tokens of a pass; None: a sequence is one pass, or two.")
+    adaptive: str | None = Field(default=None, description="The adaptive widths' folder.")
+    host_bytes: float = Field(default=0.0, description="Of one sequence's exact copy in host memory.")
 
 
 def evaluate(
@@ -70,23 +83,33 @@ def evaluate(
     batch_size: int = 1,
     on_batch: Callable[[int], None] | None = None,
     prefill: Prefill = "quantized",
+    step: int | None = None,
+    adaptive: Adaptive | None = None,
 ) -> list[Evaluation]:
     """Measure every artifact on `sequences [N, T]` (int64 token ids); the unquantized logits are computed once.
 
     Args:
-        prefill: see the module.
+        prefill, step: see the module; `step` makes `prefill` "exact" for every pass.
+        adaptive: measured as one more result, attached with the first artifact; `step` is then 1 if None, and `recent`
+            for all as long as the module says, if None.
 
     Raises:
         UnsupportedModel, ArtifactMismatch: as `attach`. NonFiniteActivations: the logits have NaN or infinities.
     """
     for artifact in artifacts:
         check_fit(artifact, model)
+    measured: list[tuple[Artifact, Adaptive | None]] = [(artifact, None) for artifact in artifacts]
+    if adaptive is not None:
+        measured.append((artifacts[0], adaptive))
+        step = 1 if step is None else step
+        recent = adaptive.rule.window + step - 1 if recent is None else recent
+    prefill = "exact" if step else prefill
     rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
     device = input_device(model)
-    sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in artifacts]
-    held: list[tuple[float, float]] = [(0.0, 0.0)] * len(artifacts)
+    sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in measured]
+    held: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(measured)
     exact_bytes = 0.0
-    first = sequences.shape[1] // 2 if prefill == "exact" else 0
+    first = sequences.shape[1] // 2 if prefill == "exact" and not step else 0
     for start in range(0, len(sequences), batch_size):
         ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size])).long().to(device)
         targets = torch.nn.functional.pad(ids[:, first + 1 :], (0, 1), value=-1).flatten()
@@ -95,28 +118,32 @@ def evaluate(
             expected = model(input_ids=ids, past_key_values=stock).logits[:, first:].flatten(0, 1)
             exact_bytes = _exact_bytes(stock) / len(ids)
             del stock
-            for number, artifact in enumerate(artifacts):
+            for number, (artifact, widths) in enumerate(measured):
                 chosen = {layer: rotations[layer] for layer in artifact.quantizers}
-                attachment = attach(model, artifact, sinks, recent, chosen, prefill)
+                attachment = attach(model, artifact, sinks, recent, chosen, prefill, widths)
                 try:
                     cache = attachment.make_cache()
                     if first:
                         model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
                         attachment.prefill = "quantized"
-                    found = model(input_ids=ids[:, first:], past_key_values=cache).logits.flatten(0, 1)
+                    passes = torch.split(ids[:, first:], step or ids.shape[1], 1)
+                    logits = [model(input_ids=part, past_key_values=cache).logits for part in passes]
+                    found = torch.cat(logits, 1).flatten(0, 1)
+                    del logits
                 finally:
                     detach(model)
-                held[number] = (cache.nbytes() / len(ids), cache.effective_bits())
+                held[number] = (cache.nbytes() / len(ids), cache.effective_bits(), cache.host_nbytes() / len(ids))
                 for name, values in compare_logits(expected, found, targets).items():
                     sums[number][name] += float(values.sum())
         if on_batch is not None:
             on_batch(min(start + batch_size, len(sequences)))
     return [
         _result(
-            model, artifact, sequences[:, first:], total, size, exact_bytes, sinks, recent, prefill, sequences.shape[1]
+            model, artifact, sequences[:, first:], total, size, exact_bytes, sinks, recent, prefill, sequences.shape[1],
+            step, widths,
         )
-        for artifact, total, size in zip(artifacts, sums, held, strict=True)
-    ]
+        for (artifact, widths), total, size in zip(measured, sums, held, strict=True)
+    ]  # fmt: skip
 
 
 def _exact_bytes(cache: DynamicCache) -> float:
@@ -130,12 +157,14 @@ def _result(
     artifact: Artifact,
     sequences: np.ndarray,
     total: dict[str, float],
-    held: tuple[float, float],
+    held: tuple[float, float, float],
     exact_bytes: float,
     sinks: int | None,
     recent: int | None,
     prefill: Prefill,
     seq_len: int,
+    step: int | None,
+    adaptive: Adaptive | None,
 ) -> Evaluation:
     positions, predicted = sequences.size, sequences.shape[0] * (sequences.shape[1] - 1)
     nll, exact_nll = total["nll"] / predicted, total["expected_nll"] / predicted
@@ -162,5 +191,8 @@ def _result(
         recent=default.recent if recent is None else recent,
         dtype=str(model.dtype).removeprefix("torch."),
         prefill=prefill,
-        protocol=PROTOCOL[prefill],
+        protocol=STEPPED.format(step) if step else PROTOCOL[prefill],
+        step=step,
+        adaptive=str(adaptive.path or "adaptive") if adaptive else None,
+        host_bytes=held[2],
     )

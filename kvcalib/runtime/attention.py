@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcalib.model.taps import Call
 from kvcalib.runtime import native, paths
+from kvcalib.runtime.drawn import Drawn
 from kvcalib.runtime.kernels.view import PackedView
 from kvcalib.runtime.layers import chunks
 
@@ -58,6 +59,7 @@ def chunked_attention(
     scaling: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    drawn: Drawn | None = None,
 ) -> Tensor:
     """Softmax attention of `query` over `length` cached tokens that come in chunks.
 
@@ -69,6 +71,7 @@ def chunked_attention(
         scaling: factor on the scores.
         softcap: `c * tanh(s / c)` on the scores (gemma2).
         sink_logits: `[Hq]`, a logit per head that takes its share of the softmax and no value (gpt-oss).
+        drawn: takes the weights that it wants while they pass.
 
     Returns:
         `[B, Q, Hq, Dv]` in the dtype of `query`.
@@ -99,8 +102,16 @@ def chunked_attention(
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = _masked(scores, mask, first, start, length - queries)
+            if drawn is not None:
+                drawn.take(first, queries, length - queries, start, scores)
             _fold(state[number], scores, values.to(rows.dtype))
-    return torch.cat([_finish(s, sink_logits) for s in state], dim=1).to(query.dtype)
+    parts = []
+    for number, first in enumerate(blocks):
+        _share_with_sinks(state[number], sink_logits)
+        if drawn is not None:
+            drawn.finish(first, *state[number][:2])
+        parts.append(_finish(state[number]))
+    return torch.cat(parts, dim=1).to(query.dtype)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, first: int, start: int, past: int) -> Tensor:
@@ -132,11 +143,16 @@ def _fold(state: list[Tensor], scores: Tensor, values: Tensor) -> None:
     state[2] = sums * decay + flat.view_as(sums)
 
 
-def _finish(state: list[Tensor], sink_logits: Tensor | None) -> Tensor:
-    """The normalised output of one query block, `[B, Q, Hq, Dv]`; rows without any key give zeros."""
-    peak, total, sums = state
+def _share_with_sinks(state: list[Tensor], sink_logits: Tensor | None) -> None:
+    """Give the logits of gpt-oss their share of the sum."""
     if sink_logits is not None:
+        peak, total, _ = state
         extra = sink_logits.float().view(1, peak.shape[1], peak.shape[2], 1, 1)
-        total = total + torch.exp(extra - peak.clamp(min=torch.finfo(peak.dtype).min))
+        state[1] = total + torch.exp(extra - peak.clamp(min=torch.finfo(peak.dtype).min))
+
+
+def _finish(state: list[Tensor]) -> Tensor:
+    """The normalised output of one query block, `[B, Q, Hq, Dv]`; rows without any key give zeros."""
+    _, total, sums = state
     out = sums / torch.where(total > 0, total, 1.0)
     return out.flatten(1, 2).transpose(1, 2)

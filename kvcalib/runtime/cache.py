@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcalib.runtime import saved
-from kvcalib.runtime.layers import PackedLayer, TapLayer
+from kvcalib.runtime.adaptive import AdaptiveLayer
+from kvcalib.runtime.layers import TapLayer
 from kvcalib.runtime.storage import Rows
 
 EXACT_BITS = 16
@@ -164,22 +165,22 @@ class PackedCache(DynamicCache):
         """Bytes of everything the cache holds, spare room included."""
         return sum(t.nbytes for t in self.tensors().values())
 
+    def host_nbytes(self) -> int:
+        """Bytes of the exact copies that adaptive layers keep in host memory; not among `nbytes`."""
+        layers = (layer for layer in self.layers if isinstance(layer, AdaptiveLayer))
+        return sum(t.nbytes for layer in layers for t in layer.host_tensors().values())
+
     def effective_bits(self) -> float:
         """Bytes of the packed layers and positions times 8, per cached key or value element of those layers.
 
         A layer that could be packed and is not (it attends in full or, where sliding layers are packed, slides) was
         left exact by the plan and counts too, at 16 bits an element, as the unquantized cache does everywhere.
         """
-        elements, held = 0, self._positions.nbytes
-        for index in self.tapped:
-            layer = self.layers[index]
-            if not isinstance(layer, PackedLayer) or not layer.batch:
-                continue
-            per_token = sum(q.layout.widths.numel() for q in layer.quantizers.values())
-            elements += layer.batch * (layer.packed.length + layer.window.length) * per_token
-            held += layer.nbytes
+        packed = [layer for layer in map(self._tap_layer, self.tapped) if layer.elements]
+        elements = sum(layer.elements for layer in packed)
         if not elements:
             return 0.0
+        held = self._positions.nbytes + sum(layer.nbytes for layer in packed)
         exact = sum(t.numel() for layer in self._exact() for t in saved.stock_tensors(layer).values())
         return (held * 8 + EXACT_BITS * exact) / (elements + exact)
 

@@ -87,6 +87,11 @@ class TapLayer(DynamicLayer):
         """Rows of the batch, 0 while the layer is empty."""
         raise NotImplementedError
 
+    @property
+    def elements(self) -> int:
+        """Key and value elements of all tokens held, 0 where the layer does not pack."""
+        return 0
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.batch:
             self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
@@ -299,6 +304,11 @@ class PackedLayer(TapLayer):
     @property
     def batch(self) -> int:
         return max(self.packed.batch, self.window.batch)
+
+    @property
+    def elements(self) -> int:
+        per_token = sum(q.layout.widths.numel() for q in self.quantizers.values())
+        return self.batch * (self.packed.length + self.window.length) * per_token
 
     def live(self) -> dict[str, Tensor]:
         """Every tensor that `revive` needs, without spare room."""

@@ -33,10 +33,12 @@ from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps, find_attention
 from kvcalib.quant.codebook import Codebook
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
+from kvcalib.runtime.adaptive import AdaptiveLayer
 from kvcalib.runtime.attention import attend_packed
 from kvcalib.runtime.cache import PackedCache
 from kvcalib.runtime.layers import ExactLayer, PackedLayer, TapLayer, with_exact
 from kvcalib.runtime.saved import Origin, Place, restore
+from kvcalib.runtime.tiers import Adaptive, load_adaptive
 
 Prefill = Literal["quantized", "exact"]
 PREFILLS: tuple[Prefill, ...] = ("quantized", "exact")
@@ -59,16 +61,25 @@ class Artifact:
         if model not in self._fits:
             self._fits[model] = check_fit(self, model)
 
-    def new_cache(self, model: PreTrainedModel, sinks: int | None = None, recent: int | None = None) -> PackedCache:
+    def new_cache(
+        self,
+        model: PreTrainedModel,
+        sinks: int | None = None,
+        recent: int | None = None,
+        adaptive: Adaptive | None = None,
+    ) -> PackedCache:
         """An empty packed cache for `model`, which must be attached when the cache is used.
 
         Args:
             sinks, recent: exact first and last tokens; the artifact's defaults if None.
+            adaptive: see `attach`.
 
         Raises:
-            ArtifactMismatch: the artifact was built for another model.
+            ArtifactMismatch: the artifact, or `adaptive`, was built for another model.
         """
         self.check_fit(model)
+        if adaptive is not None:
+            adaptive.check_fit(self.quantizers)
         default = self.manifest.runtime
         sinks = default.sinks if sinks is None else sinks
         recent = default.recent if recent is None else recent
@@ -77,6 +88,8 @@ class Artifact:
         windows = selftest.attention_layers(model)
         layers: dict[int, TapLayer] = {
             index: PackedLayer(pair["key"], pair["value"], sinks, recent, windows[index])
+            if adaptive is None or windows[index] is not None
+            else adaptive.layer(index, sinks, recent)
             for index, pair in self.quantizers.items()
         }
         origin = Origin(
@@ -216,6 +229,8 @@ class _PackedAttention:
         if isinstance(layer, ExactLayer):
             key, value = layer.read(count)
             return call.plain(call.rotate_new(call.query), call.rotate_at(key, positions), value)
+        if isinstance(layer, AdaptiveLayer):
+            return layer.attend(call, call.rotate_new(call.query), positions), None
         if self.exact_prefill and new > 1:
             if count == new:
                 return call.plain(call.rotate_new(call.query), call.rotate_new(call.key), call.value)
@@ -240,6 +255,7 @@ class Attachment:
     taps: Taps
     sinks: int | None
     recent: int | None
+    adaptive: Adaptive | None = None
     handles: list[Any] = field(default_factory=list)
     lent: PackedCache | None = None
 
@@ -261,7 +277,7 @@ class Attachment:
 
     def make_cache(self) -> PackedCache:
         """An empty cache with the attachment's settings."""
-        return self.artifact.new_cache(self.model, self.sinks, self.recent)
+        return self.artifact.new_cache(self.model, self.sinks, self.recent, self.adaptive)
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
@@ -334,6 +350,7 @@ def attach(
     recent: int | None = None,
     rotations: dict[int, Rotation] | None = None,
     prefill: Prefill = "quantized",
+    adaptive: Adaptive | str | Path | None = None,
 ) -> Attachment:
     """Make `model` run on packed caches of `artifact` until `detach`.
 
@@ -344,6 +361,10 @@ def attach(
         prefill: "quantized": every query reads what the cache stored, the prompt's own tokens included. "exact": the
             tokens of a pass that brings several (a prompt, a chunk of one) see each other exactly and are read as
             stored from the next pass on; faster, and the prompt's hidden states carry less error.
+        adaptive: a width for each token by the attention that it drew, in place of the artifact's
+            (`runtime/adaptive.py`); what `load_adaptive` gives, or the folder that `kvcalib tiers` wrote. Layers with a
+            sliding window keep the artifact's widths. The tokens of a pass then always see each other exactly, and at
+            least the last `adaptive.rule.window` tokens stay exact.
 
     Raises:
         UnsupportedModel: the self-test failed. ArtifactMismatch: the artifact is another model's.
@@ -359,8 +380,11 @@ def attach(
         rotations = prove(model, list(loaded.quantizers))
     if prefill not in PREFILLS:
         raise ValueError(f"prefill is {prefill!r}, expected one of {PREFILLS}")
+    if adaptive is not None:
+        adaptive = adaptive if isinstance(adaptive, Adaptive) else load_adaptive(adaptive)
+        adaptive.check_fit(loaded.quantizers)
     taps = Taps(model, _PackedAttention(prefill == "exact"), rotations)
-    attachment = Attachment(model, loaded, taps, sinks, recent)
+    attachment = Attachment(model, loaded, taps, sinks, recent, adaptive)
     attachment.install()
     _ATTACHED[model] = attachment
     return attachment

@@ -1,9 +1,9 @@
 """Growing tensors: rows of a batch that get longer, token by token, and may be forgotten from either end.
 
-Dimension 0 is the batch, dimension 1 the token. Room grows by an eighth (at least `min_room` tokens) when it runs out,
-so appending a token costs O(1) on average and at most an eighth of the memory is spare; the first append takes exactly
-what it needs. Tokens dropped from the front are spare room too, used again when the room runs out. A grown tensor is
-never larger than that: `nbytes` is what the process really holds.
+Dimension 0 is the batch, dimension 1 the token. Room grows by an eighth (or another `share`; at least `min_room`
+tokens) when it runs out, so appending a token costs O(1) on average and at most that much of the memory is spare; the
+first append takes exactly what it needs. Tokens dropped from the front are spare room too, used again when the room
+runs out. A grown tensor is never larger than that: `nbytes` is what the process really holds.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Slices(Mapping[str, Tensor]):
 class Rows:
     """Named tensors `[B, T, ...]` that are appended to, cut and selected together."""
 
-    def __init__(self, min_room: int = MIN_ROOM) -> None:
+    def __init__(self, min_room: int = MIN_ROOM, share: int = 8) -> None:
         self.length = 0
         self.min_room = min_room
+        self.share = share
         self._first = 0
         self._buffers: dict[str, Tensor] = {}
         self._places: dict[str, tuple[int, int, int, int]] = {}
@@ -88,7 +89,7 @@ class Rows:
         stop = self._first + self.length + count
         room = self.length + count
         if self._buffers and stop > next(iter(self._buffers.values())).shape[1]:
-            room = max(room, self.length + max(self.min_room, self.length // 8))
+            room = max(room, self.length + max(self.min_room, self.length // self.share))
             self._buffers = {name: self._moved(buffer, room) for name, buffer in self._buffers.items()}
             self._places = {}
             self._first = 0

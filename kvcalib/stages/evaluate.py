@@ -13,7 +13,9 @@ from kvcalib.evaluation.perplexity import Evaluation, evaluate
 from kvcalib.files import write_json
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
+from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.loader import Artifact, Prefill, load
+from kvcalib.runtime.tiers import load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note, progress
 
@@ -30,6 +32,10 @@ class EvalSettings(BaseModel):
     sinks: int | None = Field(default=None, ge=0)
     recent: int | None = Field(default=None, ge=0)
     prefill: Prefill = Field(default="quantized", description="See `runtime.loader.attach`.")
+    step: int | None = Field(default=None, ge=1, description="Tokens of a pass; see `evaluation/perplexity.py`.")
+    adaptive: str | None = Field(default=None, description="Folder that `kvcalib tiers` wrote, measured too.")
+    keep_exact: KeepExact = Field(default="no", description="Where adaptive widths keep an exact copy.")
+    every: int = Field(default=16, ge=1, description="Tokens between two choices, with keep_exact.")
     dtype: str = "auto"
     device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
@@ -49,6 +55,13 @@ def run(
     if json_path is not None and json_path.is_dir():
         raise InputError(f"--json {json_path}: is a folder, expected a file")
     loaded = [a if isinstance(a, Artifact) else load(a) for a in artifacts]
+    if settings.adaptive is None and settings.keep_exact != "no":
+        raise InputError(
+            f"--keep-exact is {settings.keep_exact!r} without --adaptive; give the folder of `kvcalib tiers`"
+        )
+    adaptive = None
+    if settings.adaptive is not None:
+        adaptive = load_adaptive(settings.adaptive, settings.keep_exact, settings.every)
     tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
     sequences = token_sequences(
         settings.data, tokenizer, settings.samples, settings.seq_len, "evaluate", settings.seed, settings.skip
@@ -61,8 +74,9 @@ def run(
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     with progress("eval", len(sequences), "sequences") as show:
         results = evaluate(
-            model, loaded, sequences, settings.sinks, settings.recent, batch_size, show, settings.prefill
-        )
+            model, loaded, sequences, settings.sinks, settings.recent, batch_size, show, settings.prefill,
+            settings.step, adaptive,
+        )  # fmt: skip
     if json_path is not None:
         rows = [r.model_dump(mode="json") for r in results]
         write_json(json_path, rows[0] if len(rows) == 1 else rows)

@@ -111,15 +111,17 @@ def test_sums_moments_and_attention_of_the_sample(llama):
     assert torch.allclose(by_token.transpose(1, 2), total, atol=1e-4)
 
 
-def test_windowed_maximum_equals_a_loop():
+def test_windowed_maximum_and_late_attention_equal_a_loop():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 4, 300, 8, generator=generator), torch.randn(1, 2, 300, 8, generator=generator)
-    _, peak = drawn_attention(q, k, 0.4, 5)
+    _, peak, late = drawn_attention(q, k, 0.4, 5)
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1)) * 0.4
     causal = torch.arange(300)[None] > torch.arange(300)[:, None]
-    weights = scores.masked_fill(causal, -torch.inf).softmax(-1)[0].view(2, 2, 300, 300).amax(1)
+    weights = scores.masked_fill(causal, -torch.inf).softmax(-1)[0].view(2, 2, 300, 300)
     for t in (0, 1, 100, 254, 255, 256, 257, 297, 299):
-        assert torch.allclose(peak[0, :, t], weights[:, t : t + 5, t].amax(1), atol=1e-6)
+        assert torch.allclose(peak[0, :, t], weights[:, :, t : t + 5, t].amax((1, 2)), atol=1e-6)
+        expected = weights[:, :, t + 2 : t + 5, t].mean(1).sum(1) / 3
+        assert torch.allclose(late[0, :, t], expected, atol=1e-6)
 
 
 def test_sums_do_not_depend_on_the_batch_size(llama):

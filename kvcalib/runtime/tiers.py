@@ -1,0 +1,171 @@
+"""What adaptive widths are chosen from: several artifacts of one model, and the rule that picks one for each token.
+
+On disk a folder: `adaptive.json` (signal, window, thresholds of every layer, hashes of the tiers) and the tiers'
+artifacts `tier-0`, `tier-1`, ... from the fewest bits to the most. `kvcalib tiers` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvcalib.artifact.store import MANIFEST, MAX_MANIFEST_BYTES
+from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
+from kvcalib.files import hash_file
+from kvcalib.quant.quantizer import Quantizer
+from kvcalib.runtime.adaptive import KEEP_EXACT, AdaptiveLayer, KeepExact, LayerRule, Signal
+from kvcalib.runtime.pools import MOST_TIERS
+
+RULE = "adaptive.json"
+Limit = Annotated[float, Field(ge=0)]
+
+
+class LayerThresholds(BaseModel):
+    """One layer's `adaptive.LayerRule`; a threshold that no weight reaches is above 1."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    index: int = Field(ge=0)
+    key: list[Limit]
+    value: list[Limit]
+    mean: float = Field(gt=0, description="Mean of the signal on the calibration text.")
+
+
+class Rule(BaseModel):
+    """`adaptive.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format: Literal["kvcalib-adaptive"] = "kvcalib-adaptive"
+    format_version: Literal[1] = 1
+    signal: Signal
+    window: int = Field(ge=1, description="Queries whose attention counts: those from the token itself on.")
+    bits: float = Field(ge=0, description="Mean effective bits of packed tokens on the calibration text.")
+    tiers: list[str] = Field(min_length=2, max_length=MOST_TIERS, description="sha256 of each tier's manifest.json.")
+    layers: list[LayerThresholds]
+
+    def encode(self) -> bytes:
+        """The bytes of `adaptive.json`: the fields and their digest, one way of writing them only."""
+        body = self.model_dump(mode="json")
+        return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
+
+
+def _render(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Adaptive widths as `kvcalib.attach(..., adaptive=...)` takes them.
+
+    Attributes:
+        rule: thresholds; see `Rule`.
+        tiers: quantizers by layer and role, of every tier.
+        path: the folder.
+        keep_exact: "cpu" keeps an exact copy of all tokens in host memory and chooses again as attention changes.
+        every: tokens from one choice to the next, with `keep_exact`.
+    """
+
+    rule: Rule
+    tiers: tuple[dict[int, dict[str, Quantizer]], ...]
+    path: Path | None = None
+    keep_exact: KeepExact = "no"
+    every: int = 16
+
+    def __post_init__(self) -> None:
+        if self.keep_exact not in KEEP_EXACT:
+            raise ValueError(f"keep_exact is {self.keep_exact!r}, expected one of {KEEP_EXACT}")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}, expected 1 token or more between two choices")
+
+    def with_exact(self, keep_exact: KeepExact, every: int = 16) -> Adaptive:
+        """The same widths with another place for the exact copy."""
+        return replace(self, keep_exact=keep_exact, every=every)
+
+    def check_fit(self, quantizers: dict[int, dict[str, Quantizer]]) -> None:
+        """ArtifactMismatch unless the tiers quantize the layers of an artifact's `quantizers`, of the same shapes."""
+        where = f"adaptive widths {str(self.path)!r}" if self.path else "the adaptive widths"
+        for number, tier in enumerate(self.tiers):
+            if sorted(tier) != sorted(quantizers):
+                raise ArtifactMismatch(
+                    f"{where}: tier {number} quantizes layers {sorted(tier)}, the artifact {sorted(quantizers)}; "
+                    "make both from one run"
+                )
+            for layer, pair in tier.items():
+                for role, quantizer in pair.items():
+                    found, expected = (tuple(q.layout.widths.shape) for q in (quantizer, quantizers[layer][role]))
+                    if found != expected:
+                        raise ArtifactMismatch(
+                            f"{where}: tier {number}, layer {layer}: {role}s have {found[0]} kv heads of {found[1]} "
+                            f"channels, the artifact's {expected[0]} of {expected[1]}; make both from one run"
+                        )
+
+    def layer(self, index: int, sinks: int, recent: int) -> AdaptiveLayer:
+        """A cache layer; `recent` below the rule's window is taken for the window."""
+        limits = next(t for t in self.rule.layers if t.index == index)
+        return AdaptiveLayer(
+            [tier[index] for tier in self.tiers],
+            LayerRule(tuple(limits.key), tuple(limits.value), limits.mean),
+            self.rule.window,
+            max(recent, self.rule.window),
+            self.rule.signal,
+            sinks,
+            self.keep_exact,
+            self.every,
+        )
+
+
+def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int = 16) -> Adaptive:
+    """The adaptive widths in a folder that `kvcalib tiers` wrote; every hash is checked.
+
+    Raises:
+        InputError: there are none. CorruptFile: something was altered or is damaged.
+    """
+    from kvcalib.runtime.loader import load
+
+    folder = Path(folder)
+    path = folder / RULE
+    if not path.is_file():
+        raise InputError(f"{folder}: no adaptive widths there (no {RULE}); give the folder that `kvcalib tiers` wrote")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CorruptFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
+    raw = path.read_bytes()
+    try:
+        body = json.loads(raw)
+        body.pop("digest", None)
+        rule = Rule.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(f"{path}: {where} is {first['input']!r}: {first['msg']}; run `kvcalib tiers` again") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CorruptFile(f"{path}: not the JSON of adaptive widths ({error}); run `kvcalib tiers` again") from None
+    if rule.encode() != raw:
+        raise CorruptFile(f"{path}: its digest does not match its content; it was altered or damaged")
+    tiers = []
+    for number, expected in enumerate(rule.tiers):
+        place = folder / f"tier-{number}"
+        if not place.is_dir():
+            raise CorruptFile(f"{place}: missing; copy the folder again")
+        artifact = load(place)
+        if hash_file(place / MANIFEST) != expected:
+            raise CorruptFile(f"{place}: another artifact than {RULE} names; run `kvcalib tiers` again")
+        tiers.append(artifact.quantizers)
+    made = Adaptive(rule, tuple(tiers), folder, keep_exact, every)
+    for number, tier in enumerate(tiers):
+        if sorted(tier) != [limits.index for limits in rule.layers]:
+            raise CorruptFile(f"{folder}: tier {number} and {RULE} are of other layers; run `kvcalib tiers` again")
+    for limits in rule.layers:
+        for role in ("key", "value"):
+            found = getattr(limits, role)
+            if len(found) + 1 != len(tiers) or sorted(found) != found:
+                raise CorruptFile(
+                    f"{path}: layers {limits.index}: {role} is {found}, expected {len(tiers) - 1} ascending thresholds"
+                )
+    made.check_fit(tiers[0])
+    return made
