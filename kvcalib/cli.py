@@ -398,7 +398,7 @@ def allocate(
                     cells += [
                         f"{by_head.mean():.2f}",
                         " ".join(f"{b:.2f}" for b in by_head),
-                        f"{100 * option.outliers:g} % per {option.scope}",
+                        f"{100 * option.outliers:g} %" + " per head" * (option.scope == "head"),
                         f"{loss:.1e}",
                     ]
             table.add_row(str(layer.index), *cells)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kvcalib
-from kvcalib.runtime.cache import PackedLayer
+from kvcalib.runtime.layers import PackedLayer
 from kvcalib.stages import build
 from tests.model.test_families import logits
 from tests.runtime.test_cache import Simulation, nll, padded, run
