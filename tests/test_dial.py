@@ -153,5 +153,10 @@ def test_a_budget_in_a_recipe(tmp_path, home):
     assert all(spec.mean_bits == int(spec.mean_bits) for layer in manifest.layers for spec in (layer.key, layer.value))
     ok("run", path, "--bits", 5.5, "--out", tmp_path / "b")
     assert store.read_manifest(tmp_path / "b").budget.asked == 5.5
+    measured = body | {"out": str(tmp_path / "c"), "allocate": {"method": "kl", "budget": 4}}
+    path.write_text(json.dumps(measured | {"fisher": {"samples": 2, "seq_len": 64}}))
+    ok("run", path)
+    assert store.read_manifest(tmp_path / "c").budget.asked == 4
+    assert (tmp_path / "c.run" / "kl.jsonl").is_file()
     path.write_text(json.dumps(body | {"bits": 0.1, "allocate": None}))
     refused(2, r"bits is 0\.1; .*between 0\.1", "run", path)
