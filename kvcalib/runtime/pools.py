@@ -123,8 +123,8 @@ class Pools:
         for role, classes in self._classes(tag).items():
             for c in range(self.exact + 1):
                 mine = classes == c
-                chosen = mine.view(self.length, -1)[:, indices]
-                self._gather(role, c, _slots(mine).view(self.length, -1)[:, indices][chosen])
+                chosen = mine.view(self.length, len(tag))[:, indices]
+                self._gather(role, c, _slots(mine).view(self.length, len(tag))[:, indices][chosen])
         self.tags.select(indices)
 
     def retag(self, tag: Tensor, exact: Mapping[str, Tensor]) -> int:

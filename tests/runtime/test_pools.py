@@ -91,3 +91,15 @@ def test_pools_hold_what_a_list_holds(tiers, actions, seed, size):
         for found, expected in zip(zip(*[p[1:] for p in parts], strict=True), listed.read(), strict=True):
             # A batch's product may round otherwise than one row's: to a bit of float32, not to another level.
             assert torch.allclose(torch.cat(found, 2).transpose(1, 2), expected, atol=1e-6)
+
+
+def test_rows_are_chosen_when_nothing_is_left(tiers):
+    """Crop to nothing, then a beam search begins: the batch is still known."""
+    pools = Pools(tiers)
+    x = torch.randn(2, 3, HEADS, DIM)
+    pools.append({"key": x, "value": x}, torch.zeros(2, 3, dtype=torch.uint8))
+    pools.crop(0)
+    pools.select(torch.tensor([1]))
+    assert (pools.length, pools.batch) == (0, 1)
+    pools.append({"key": x[:1], "value": x[:1]}, torch.zeros(1, 3, dtype=torch.uint8))
+    assert [k.shape for _, k, _ in pools.chunks()] == [(1, HEADS, 3, DIM)]

@@ -1,0 +1,213 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from kvcalib.cli.terminal import out_console
+
+if TYPE_CHECKING:
+    from kvcalib.artifact.manifest import Manifest
+    from kvcalib.evaluation.perplexity import Evaluation
+    from kvcalib.stages.allocate import Allocation, Widths
+    from kvcalib.stages.check import Checked
+
+
+def print_allocation(found: Allocation, chosen: Widths) -> None:
+    """Widths, outliers and predicted loss by layer; the plans that were measured; what the plan comes to."""
+    table = Table(title=f"mean code width and predicted loss, {found.settings.title}")
+    for column in ("layer", "keys", "by head", "outliers", "loss", "values", "by head", "outliers", "loss"):
+        table.add_column(column, justify="right")
+    for layer in found.layers:
+        cells: list[str] = []
+        pair = chosen[layer.index, "key"], chosen[layer.index, "value"]
+        options = found.key_options[layer.index], found.value_options[layer.index]
+        for widths_of, option, loss in zip(pair, options, (layer.key_loss, layer.value_loss), strict=True):
+            by_head = widths_of.float().mean(1)
+            if layer.exact:
+                cells += ["exact", "16", "", "0"]
+            else:
+                cells += [
+                    f"{by_head.mean():.2f}",
+                    " ".join(f"{b:.2f}" for b in by_head),
+                    f"{100 * option.outliers:g} %" + " per head" * (option.scope == "head"),
+                    f"{loss:.1e}",
+                ]
+        table.add_row(str(layer.index), *cells)
+    out_console.print(table)
+    print_checked(found.checked)
+    best = "" if found.bound is None else f", at most {found.gap:.3%} above the best plan"
+    out_console.print(
+        f"{found.effective_bits:.3f} effective bits, mean code width {found.mean_width:.3f}; predicted loss "
+        f"{found.loss:.5f} nats per token{best}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_checked(rows: list[Checked]) -> None:
+    """Plans that were built and measured."""
+    if not rows:
+        return
+    table = Table(title="plans on held-out text, losses in nats per token")
+    for number, column in enumerate(("plan", "width", "effective\nbits", "predicted\nloss", "KLD", "delta\nNLL", "")):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(
+            row.plan, f"{row.mean_width:.3f}", f"{row.effective_bits:.3f}", f"{row.predicted:.5f}", f"{row.kld:.5f}",
+            f"{row.delta_nll:+.5f}", "kept" if row.kept else "",
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def print_manifest(manifest: Manifest) -> None:
+    """An artifact: model, codes, calibration, and losses by layer."""
+    from kvcalib.stages.build import exact_share
+
+    key, value = manifest.mean_bits
+    grid = Table.grid(padding=(0, 2))
+    fit, source, asked = manifest.fit, manifest.calibration, manifest.budget
+    for name, shown in (
+        ("model", f"{manifest.model.name} ({manifest.model.model_type})"),
+        ("made by", f"kvcalib {manifest.producer.version}, format version {manifest.format_version}"),
+        ("codes", f"keys {key:.2f} bit, values {value:.2f} bit, {fit.format}, weights {fit.weights}"),
+        (
+            "budget",
+            "none" if asked is None else f"{asked.asked:g} effective bits, {asked.planned:.3f} in a long cache",
+        ),
+        ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
+        (
+            "exact",
+            f"{exact_share(manifest)} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
+        ),
+        (
+            "calibration",
+            f"{source.data}: {source.sequences} x {source.seq_len} tokens, {source.sampled_tokens} kept",
+        ),
+        ("layers", f"{len(manifest.layers)} of {manifest.model.num_hidden_layers} quantized"),
+    ):
+        grid.add_row(name, shown)
+    out_console.print(grid, highlight=False)
+    table = Table()
+    for column in (
+        "layer",
+        "kv heads",
+        "head dim",
+        "key bits",
+        "value bits",
+        "key loss",
+        "value loss",
+        "key error",
+        "value error",
+    ):
+        table.add_column(column, justify="right")
+    for layer in manifest.layers:
+        friendly = layer.friendliness
+        table.add_row(
+            str(layer.index), str(layer.key.kv_heads), str(layer.key.head_dim),
+            f"{layer.key.mean_bits:.2f}", f"{layer.value.mean_bits:.2f}",
+            f"{layer.key.predicted_loss:.2e}", f"{layer.value.predicted_loss:.2e}",
+            "" if friendly is None else f"{friendly.key_error:.3f}",
+            "" if friendly is None else f"{friendly.value_error:.3f}",
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def print_run(target: Path) -> None:
+    """The stages of a run and their settings."""
+    from kvcalib.rundir import RunDir
+
+    run = RunDir(target)
+    for stage in ("fisher", "fit-nuq", "friendliness", "allocate"):
+        record = run.record(stage)
+        out_console.print(f"[bold]{stage}[/]: {'has not run' if record is None else ''}", highlight=False)
+        for name, value in ({} if record is None else record["settings"]).items():
+            out_console.print(f"  {name} = {value}", highlight=False, markup=False)
+
+
+def print_allocated(effective_bits: float, mean_width: float, run: Path) -> None:
+    """What a budget came to."""
+    out_console.print(f"{effective_bits:.3f} effective bits, mean code width {mean_width:.3f}", highlight=False)
+    print_path("widths", run / "allocation.safetensors")
+
+
+def print_path(what: str, path: Path) -> None:
+    """Where something was written."""
+    out_console.print(f"{what}: {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_friendliness(run: Path) -> None:
+    """Friendliness by layer and width, as the stage wrote it into a run."""
+    from kvcalib.files import read_json
+    from kvcalib.rundir import FRIENDLINESS
+
+    table = Table(title="friendliness: 1 - mean relative error of a layer's keys and values")
+    layers = read_json(run / FRIENDLINESS)["layers"]
+    table.add_column("layer", justify="right")
+    for bits in layers[0]["bits"]:
+        table.add_column(f"{bits} bit", justify="right")
+    for layer in layers:
+        table.add_row(str(layer["index"]), *(f"{v['friendliness']:.3f}" for v in layer["bits"].values()))
+    out_console.print(table)
+
+
+def print_evaluations(results: list[Evaluation]) -> None:
+    """Measures of artifacts, the unquantized model first, and their protocol."""
+    if not results:
+        return
+    first = results[0]
+    table = Table(title="quality and size")
+    asked = any(r.budget is not None for r in results)
+    columns = (
+        "",
+        *(["bits\nasked for"] if asked else []),
+        "effective\nbits",
+        "cache bytes\nper token",
+        "perplexity",
+        "delta\nNLL",
+        "KLD",
+        "top-1\nagreement",
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    per_token = first.fp16_cache_bytes / first.seq_len
+    table.add_row(
+        "fp16", *([""] if asked else []), "16.00", f"{per_token:.0f}", f"{_exp(first.fp16_nll):.3f}", "", "0", ""
+    )
+    for r in results:
+        wanted = ["" if r.budget is None else f"{r.budget:.2f}"] if asked else []
+        table.add_row(
+            Path(r.adaptive or r.artifact).name, *wanted, f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
+            f"{r.ppl:.3f}", f"{r.delta_nll:+.5f}", f"{r.kld:.5f}", f"{100 * r.top1_agreement:.2f} %",
+        )  # fmt: skip
+    out_console.print(table)
+    for r in results:
+        if r.budget is not None and r.long_cache_bits is not None and r.effective_bits > r.budget + 0.005:
+            out_console.print(
+                f"{Path(r.artifact).name}: sinks, a recent window and spare room add to the budget in a cache of only "
+                f"{r.seq_len} tokens; a long one has {r.long_cache_bits:.2f} effective bits",
+                highlight=False,
+                soft_wrap=True,
+            )
+    out_console.print(
+        f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
+        f"{first.prefill} prefill, model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); "
+        f"{first.protocol}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for r in results:
+        if r.host_bytes:
+            out_console.print(
+                f"{Path(r.adaptive or r.artifact).name}: on top of this {r.host_bytes / r.seq_len:.0f} bytes per token "
+                "in host memory",
+                highlight=False,
+            )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
