@@ -230,6 +230,12 @@ def test_adaptive_widths_are_measured_beside_their_artifacts(road, model, data, 
     # Both roles, 2 heads of 16 channels in float32 and two float32 beside, 2 layers, 32 tokens and room for 64 more.
     assert two["host_bytes"] <= 2 * 96 * (2 * 2 * 16 * 4 + 2 * 4)
     assert (low["host_bytes"], low["adaptive"]) == (0, None)
+    copied = shutil.copytree(road / "run", tmp_path / "copied")
+    ok("build", copied, "--out", tmp_path / "three", "--bits", 3)
+    shown = ok("eval", tmp_path / "three", *measure, "--json", tmp_path / "e.json").stdout
+    plain, two = json.loads((tmp_path / "e.json").read_text())
+    assert (plain["budget"], two["budget"], two["long_cache_bits"]) == (3, None, None)
+    assert shown.count("add to the budget") <= 1
     refused(2, "no adaptive widths there", "eval", paths[0], "--model", model, "--adaptive", tmp_path)
     refused(2, "--keep-exact is 'cpu' without --adaptive", "eval", paths[0], "--model", model, "--keep-exact", "cpu")
     refused(2, "budget is 1 effective bits, these artifacts take", "tiers", road / "run", *paths, "--budget", 1,

@@ -171,7 +171,8 @@ def _result(
     if not (math.isfinite(nll) and math.isfinite(exact_nll)):
         which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
         raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
-    default, budget = artifact.manifest.runtime, artifact.manifest.budget
+    # Adaptive widths have a budget of their own, not that of the artifact they are attached with.
+    default, budget = artifact.manifest.runtime, None if adaptive else artifact.manifest.budget
     return Evaluation(
         artifact=str(artifact.path or artifact.manifest.model.name),
         nll=nll,
