@@ -196,12 +196,13 @@ def _turn_four(_: Any, flat: Any, cos: Any, sin: Any, place: Any, p: Any, t: Any
             for j in range(4):
                 four = [load(table, starts[4 * i + j], quads) for i in range(4)]
                 halves = [pick(four[i], four[i + 1], list(range(8))) for i in (0, 2)]
-                rows.append(pick(*halves, list(range(16))))
+                rows.append(pick(halves[0], halves[1], list(range(16))))
             low = [in_quarters(rows[i], rows[i + 1], (0, 4, 1, 5)) for i in (0, 2)]
             high = [in_quarters(rows[i], rows[i + 1], (2, 6, 3, 7)) for i in (0, 2)]
-            turns.append(
-                [in_quarters(*pair, chosen) for pair in (low, high) for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))]
-            )
+            made = []
+            for a, b in (low, high):
+                made += [in_quarters(a, b, chosen) for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))]
+            turns.append(made)
         fast = ("contract",)
         for r in range(4):
             row = builder.mul(builder.add(p, ir.Constant(wide, r)), ir.Constant(wide, 2 * TILE))
