@@ -44,7 +44,8 @@ class Drawn(NamedTuple):
     @classmethod
     def zeros(cls, key: Tensor) -> Drawn:
         """Nothing drawn yet by `key [B, H, T, D]`."""
-        return cls(*(torch.zeros(key.shape[:3], device=key.device) for _ in range(4)), torch.zeros_like(key))
+        total, peak, late, early = (torch.zeros(key.shape[:3], device=key.device) for _ in range(4))
+        return cls(total, peak, late, early, torch.zeros_like(key))
 
 
 def drawn_attention(
@@ -89,9 +90,7 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int) -> tuple[Tensor, ...]:
         """See the class."""
         out = query.new_empty(*query.shape[:3], value.shape[3])
         log_sum = query.new_empty(query.shape[:3])

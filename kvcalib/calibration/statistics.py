@@ -38,8 +38,8 @@ from kvcalib.model.identity import ModelIdentity, hash_json
 
 VERSION = 4
 READABLE = (2, 3, VERSION)
-"""Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version 4
-lack `attention_early` and `attention_slope`, which only the weights of eviction need."""
+"""Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
+4 lack `attention_early` and `attention_slope`, which only the weights of eviction need."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 
