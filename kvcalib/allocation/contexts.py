@@ -66,8 +66,9 @@ class Contexts:
         return cls(index, held, held & free[index], torch.where(held, age, 1).float())
 
     def gather(self, x: Tensor) -> Tensor:
-        """A figure of every sampled token and head, `[n, H]`, as `[S, H, M]`; 0 where there is no token."""
-        return x[self.index].transpose(1, 2) * self.held[:, None]
+        """Figures of every sampled token and head, `[n, H, ...]`, as `[S, H, M, ...]`; 0 where there is no token."""
+        held = self.held.view(len(self.held), 1, -1, *[1] * (x.ndim - 2))
+        return x[self.index].transpose(1, 2) * held
 
     def best(self, score: Tensor, share: float) -> Tensor:
         """The `share` of each context's free tokens with the highest `score [S, H, M]`, per head: `[S, H, M]` bool.

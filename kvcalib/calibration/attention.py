@@ -5,7 +5,7 @@ first `window` queries that can see the token, itself included. Late attention (
 mean over the later half of these queries. GQA groups are summed, maximised, or averaged, per kv head.
 
 Early attention: the sum over the queries of the sequence's first half, with its slope: how it would change with the
-token's key. Eviction looks at a context in its middle, and what the second half attends to says whether it chose well.
+token's key. Eviction looks at a context in its middle; what the second half attends to says whether it chose well.
 
 `BlockAttention` is attention and these figures in one pass, with its own backward pass: on a CPU, torch's fused
 attention takes two and a half times its forward pass to go back, and the weights would be computed twice.
@@ -33,6 +33,7 @@ class Drawn(NamedTuple):
         early: as `total`, over the queries of the sequence's first half: 0 .. T // 2 - 1.
         slope: gradient of a token's `early` with respect to its own rotated key, the other keys as they are:
             `scaling * sum of a (1 - a) q`, with a the weight that query q gives the token.
+        square: sum of a^2 over the queries of the second half and the group's heads.
     """
 
     total: Tensor
@@ -40,12 +41,13 @@ class Drawn(NamedTuple):
     late: Tensor
     early: Tensor
     slope: Tensor
+    square: Tensor
 
     @classmethod
     def zeros(cls, key: Tensor) -> Drawn:
         """Nothing drawn yet by `key [B, H, T, D]`."""
-        total, peak, late, early = (torch.zeros(key.shape[:3], device=key.device) for _ in range(4))
-        return cls(total, peak, late, early, torch.zeros_like(key))
+        total, peak, late, early, square = (torch.zeros(key.shape[:3], device=key.device) for _ in range(5))
+        return cls(total, peak, late, early, torch.zeros_like(key), square)
 
 
 def drawn_attention(
@@ -166,7 +168,7 @@ def _add_drawn(
 
     `steep`, like `weights`: what each score's slope is multiplied by.
     """
-    total, peak, late, early, slope = drawn
+    total, peak, late, early, slope, square = drawn
     total[..., :stop] += weights.sum((2, 3))
     strongest = weights.amax(2)
     for offset in range(min(window, stop)):
@@ -178,8 +180,10 @@ def _add_drawn(
             queries = weights[:, :, :, first + offset - start :, first : stop - offset]
             each = queries.diagonal(dim1=3, dim2=4).mean(2)
             late[..., first : stop - offset] += each / (window - window // 2)
-    inside = min(stop, early.shape[-1] // 2) - start
-    if inside <= 0:
+    inside = max(0, min(stop, early.shape[-1] // 2) - start)
+    if start + inside < stop:
+        square[..., :stop] += weights[:, :, :, inside:].square().sum((2, 3))
+    if not inside:
         return
     group, stop = weights.shape[2], start + inside
     weights = weights[:, :, :, :inside, :stop]

@@ -122,6 +122,7 @@ class _Collector:
         self._keep(f"layers.{layer}.sample.attention_peak", drawn.peak.transpose(1, 2))
         self._keep(f"layers.{layer}.sample.attention_late", drawn.late.transpose(1, 2))
         self._keep(f"layers.{layer}.sample.attention_early", drawn.early.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_later_square", drawn.square.transpose(1, 2))
         self.put(f"layers.{layer}.sample.attention_slope", self._turned_back(call, drawn.slope), self.filled)
 
     def _turned_back(self, call: Call, slope: Tensor) -> Tensor:

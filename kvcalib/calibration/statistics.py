@@ -15,6 +15,7 @@ heads, n kept tokens):
     layers.i.sample.attention_early                     [n, H]   drawn from the queries of the sequence's first half
     layers.i.sample.attention_slope                     [n, H, D]  bfloat16, gradient of attention_early with respect
                                                         to the token's own key
+    layers.i.sample.attention_later_square              [n, H]   sum of squared weights, queries of the second half
     sample.hash, sample.sequence, sample.position       [n]
 
 All queries and keys are un-rotated.
@@ -39,7 +40,7 @@ from kvcalib.model.identity import ModelIdentity, hash_json
 VERSION = 4
 READABLE = (2, 3, VERSION)
 """Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
-4 lack `attention_early` and `attention_slope`, which only the weights of eviction need."""
+4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 

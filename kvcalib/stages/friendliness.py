@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvcalib.allocation.contexts import SINKS, Contexts
@@ -22,8 +23,9 @@ from kvcalib.allocation.friendliness import (
     token_friendliness,
 )
 from kvcalib.allocation.hitters import HEAVY, mean_where, overlap, quantized_attention
-from kvcalib.allocation.shares import kept_curve, shares
-from kvcalib.allocation.weights import attention_weight, gain, score
+from kvcalib.allocation.shares import loss_curve, shares
+from kvcalib.allocation.stakes import Stakes, output_fisher
+from kvcalib.allocation.weights import attention_weight, score
 from kvcalib.artifact.manifest import Friendliness
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.files import read_json, write_bytes, write_json
@@ -157,7 +159,7 @@ def run(run_dir: RunDir) -> dict[str, Any]:
 
 
 def measure(
-    codebooks: Codebooks, calibration: Calibration, widths: dict[int, dict[Role, int | Tensor]]
+    codebooks: Codebooks, calibration: Calibration, widths: Mapping[int, Mapping[Role, int | Tensor]]
 ) -> list[LayerFigures]:
     """The figures of the layers in `widths`, each at one width, or one per channel `[H, D]`, for keys and for values.
 
@@ -175,9 +177,9 @@ def measure(
 
 
 def _layer(
-    codebooks: Codebooks, calibration: Calibration, layer: int, widths: dict[Role, int | Tensor]
+    codebooks: Codebooks, calibration: Calibration, layer: int, widths: Mapping[Role, int | Tensor]
 ) -> tuple[LayerFigures, Tensor | None]:
-    """One layer's figures, its share still 1, and its curve of kept attention."""
+    """One layer's figures, its share still 1, and the loss that eviction costs it by share."""
     data = calibration.layer(layer)
     keep = sample_without_sinks(calibration, codebooks.settings.sinks)
     change, errors, figures = {}, {}, {}
@@ -187,34 +189,43 @@ def _layer(
         errors[role] = relative(change[role], x)
         kept = errors[role][keep]
         figures[role] = Errors(float(kept.double().mean()), kept.double().mean(0).tolist(), quantiles(kept))
-    chosen = _selection(calibration, layer, codebooks.settings.sinks, change["key"], errors)
+    chosen = _selection(calibration, layer, codebooks.settings.sinks, change, errors)
     loss = sum(predicted_total(codebooks, layer, role, widths[role]) for role in ROLES)
     selection, curve = (None, None) if chosen is None else chosen
     return LayerFigures(layer, figures["key"], figures["value"], loss, selection), curve
 
 
 def _selection(
-    calibration: Calibration, layer: int, sinks: int, change: Tensor, errors: dict[Role, Tensor]
+    calibration: Calibration, layer: int, sinks: int, change: Mapping[Role, Tensor], errors: Mapping[Role, Tensor]
 ) -> tuple[Selection, Tensor] | None:
-    """Overlap, errors, alpha and the curve of one layer; None without statistics or without enough tokens."""
+    """Overlap, errors, alpha and the loss curve of one layer; None without statistics or without enough tokens."""
     data, info = calibration.layer(layer), calibration.info
     if "sample.attention_slope" not in data:
         return None
     shape = next(s for s in info.layers if s.index == layer)
-    middle = info.seq_len // 2
-    where = calibration.tensors["sample.sequence"], calibration.tensors["sample.position"]
-    contexts = Contexts.find(*where, middle, shape.sliding, max(SINKS, sinks))
-    if contexts is None:
+    middle, position = info.seq_len // 2, calibration.tensors["sample.position"]
+    contexts = Contexts.find(calibration.tensors["sample.sequence"], position, middle, shape.sliding, max(SINKS, sinks))
+    later = position >= middle
+    fisher = output_fisher(data["sample.value_fisher"][later], data["sample.attention_later_square"][later])
+    if contexts is None or fisher is None:
         return None
     early = data["sample.attention_early"]
-    drawn = quantized_attention(early, data["sample.attention_slope"], change)
+    drawn = quantized_attention(early, data["sample.attention_slope"], change["key"])
     exact, quantized = (contexts.gather(x) / contexts.queries[:, None] for x in (early, drawn))
     key, value = (contexts.gather(errors[role]) for role in ROLES)
-    # The part of a later query's attention that the token draws, per query head.
-    spent = (info.seq_len - middle) * shape.query_heads / shape.kv_heads
-    worth = gain(contexts.gather((data["sample.attention_sum"] - early).clamp(min=0)) / spent, key, value)
     friendly = token_friendliness(key, value)
-    alpha = attention_weight(contexts, quantized, friendly, worth)
+    group = shape.query_heads // shape.kv_heads
+    queries = (info.seq_len - middle) * group
+    scale = (fisher / 2).sqrt()
+    stakes = Stakes(
+        mean=contexts.gather((data["sample.attention_sum"] - early).clamp(min=0) / queries),
+        square=contexts.gather(data["sample.attention_later_square"] / queries),
+        value=contexts.gather(data["sample.value"].float() * scale),
+        noise=contexts.gather((change["value"] * scale).square().sum(-1)),
+        drift=contexts.gather((drawn / early.clamp(min=torch.finfo(torch.float32).tiny) - 1).square()),
+        group=group,
+    )
+    alpha = attention_weight(contexts, quantized, friendly, stakes)
     found = overlap(contexts, exact, quantized)
     heavy = contexts.best(exact, HEAVY)
     both = (key + value) / 2
@@ -226,7 +237,7 @@ def _selection(
         alpha=alpha,
         share=1.0,
     )
-    return selection, kept_curve(contexts, score(contexts, quantized, friendly, alpha), worth)
+    return selection, loss_curve(contexts, score(contexts, quantized, friendly, alpha), stakes)
 
 
 def _plot(
