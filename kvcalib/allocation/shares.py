@@ -17,8 +17,8 @@ from kvcalib.allocation.contexts import Contexts
 from kvcalib.allocation.hitters import HEAVY
 from kvcalib.allocation.stakes import Stakes
 
-SHARES = tuple(j / 20 for j in range(10, 41))
-"""0.5 to 2 times the mean budget, in steps of 0.05: what a layer may get."""
+SHARES = tuple(j / 20 for j in range(10, 61))
+"""0.5 to 3 times the mean budget, in steps of 0.05: what a layer may get."""
 
 
 def loss_curve(contexts: Contexts, score: Tensor, stakes: Stakes, keep: float = HEAVY) -> Tensor:
@@ -36,7 +36,7 @@ def shares(curves: Sequence[Tensor], grid: Sequence[float] = SHARES) -> list[flo
 
     Args:
         curves: one per layer, its loss at every point of `grid`, in one unit. All layers' tokens cost alike.
-        grid: evenly spaced; 1 is one of its points.
+        grid: evenly spaced from the least share on; 1 is one of its points.
     """
     saved = np.stack([-np.diff(minorant(curve.double().numpy())) for curve in curves])
     step, layer = np.meshgrid(np.arange(saved.shape[1]), np.arange(len(curves)))

@@ -10,6 +10,8 @@ where the last sum is over the tokens K that stay: their values are off by v^ - 
 1 + r, because their keys are. Attention mass alone misleads where attention is spread evenly, as in many first layers:
 there the tokens that draw most are a biased sample, and the first term counts.
 
+Of a context only sampled tokens are there; they are taken for a context of their own.
+
 A squared error in channel d costs half of what Fisher says of the head's output, `E[(dL/dx_d)^2]`. Value Fisher is
 `(sum_i a_it dL/dx_i)^2`, so with gradients independent between queries that is its sum over the sum of a^2.
 """

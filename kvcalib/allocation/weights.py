@@ -1,4 +1,4 @@
-"""The weight of attention in a layer's eviction score: the one under which eviction costs least on the calibration text.
+"""The weight of attention in a layer's eviction score: under which eviction costs least on the calibration text.
 
     score = alpha * a / max a + (1 - alpha) * f
 

@@ -27,7 +27,7 @@ from kvcalib.allocation.shares import loss_curve, shares
 from kvcalib.allocation.stakes import Stakes, output_fisher
 from kvcalib.allocation.weights import attention_weight, score
 from kvcalib.artifact.manifest import Friendliness
-from kvcalib.calibration.statistics import Calibration
+from kvcalib.calibration.statistics import Calibration, LayerShape
 from kvcalib.files import read_json, write_bytes, write_json
 from kvcalib.report.friendliness import LayerPoint, friendliness_plot
 from kvcalib.rundir import CALIBRATION, CODEBOOKS, FRIENDLINESS, FRIENDLINESS_PLOT, RunDir
@@ -61,15 +61,16 @@ class Selection:
             over heads. by_head: the same, `[H]`.
         heavy_error, other_error: relative error of heavy hitters and of the other tokens, mean of keys and values.
         alpha: weight of attention in the layer's score (`allocation/weights.py`).
-        share: the layer's part of the token budget, mean 1 over layers (`allocation/shares.py`).
+        share: the layer's part of the token budget, mean 1 over layers (`allocation/shares.py`). Both None where they
+            were not asked for.
     """
 
     overlap: float
     by_head: list[float]
     heavy_error: float
     other_error: float
-    alpha: float
-    share: float
+    alpha: float | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def run(run_dir: RunDir) -> dict[str, Any]:
         with progress("friendliness", len(pairs), "widths") as show:
             for done, (key_bits, value_bits) in enumerate(pairs, 1):
                 widths: dict[Role, int | Tensor] = {"key": key_bits, "value": value_bits}
-                found[key_bits, value_bits] = measure(codebooks, calibration, dict.fromkeys(codebooks.layers, widths))
+                weigh = [key_bits, value_bits] == list(chosen.values())
+                every = dict.fromkeys(codebooks.layers, widths)
+                found[key_bits, value_bits] = measure(codebooks, calibration, every, weigh)
                 show(done)
         table = {
             "chosen": list(chosen.values()),
@@ -159,16 +162,20 @@ def run(run_dir: RunDir) -> dict[str, Any]:
 
 
 def measure(
-    codebooks: Codebooks, calibration: Calibration, widths: Mapping[int, Mapping[Role, int | Tensor]]
+    codebooks: Codebooks,
+    calibration: Calibration,
+    widths: Mapping[int, Mapping[Role, int | Tensor]],
+    weigh: bool = True,
 ) -> list[LayerFigures]:
     """The figures of the layers in `widths`, each at one width, or one per channel `[H, D]`, for keys and for values.
 
-    Shares are of the budget of these layers.
+    Args:
+        weigh: whether to find alpha and share too; shares are of the budget of these layers.
     """
-    found = [_layer(codebooks, calibration, layer, chosen) for layer, chosen in widths.items()]
+    found = [_layer(codebooks, calibration, layer, chosen, weigh) for layer, chosen in widths.items()]
     curves = [curve for _, curve in found if curve is not None]
     if not curves or len(curves) < len(found):
-        return [replace(figures, selection=None) for figures, _ in found]
+        return [figures for figures, _ in found]
     figures = []
     for (layer, _), share in zip(found, shares(curves), strict=True):
         assert layer.selection is not None
@@ -177,9 +184,9 @@ def measure(
 
 
 def _layer(
-    codebooks: Codebooks, calibration: Calibration, layer: int, widths: Mapping[Role, int | Tensor]
+    codebooks: Codebooks, calibration: Calibration, layer: int, widths: Mapping[Role, int | Tensor], weigh: bool
 ) -> tuple[LayerFigures, Tensor | None]:
-    """One layer's figures, its share still 1, and the loss that eviction costs it by share."""
+    """One layer's figures without its share, and the loss that eviction costs it by share."""
     data = calibration.layer(layer)
     keep = sample_without_sinks(calibration, codebooks.settings.sinks)
     change, errors, figures = {}, {}, {}
@@ -189,55 +196,74 @@ def _layer(
         errors[role] = relative(change[role], x)
         kept = errors[role][keep]
         figures[role] = Errors(float(kept.double().mean()), kept.double().mean(0).tolist(), quantiles(kept))
-    chosen = _selection(calibration, layer, codebooks.settings.sinks, change, errors)
     loss = sum(predicted_total(codebooks, layer, role, widths[role]) for role in ROLES)
-    selection, curve = (None, None) if chosen is None else chosen
+    selection, curve = _selection(calibration, layer, codebooks.settings.sinks, change, errors, weigh)
     return LayerFigures(layer, figures["key"], figures["value"], loss, selection), curve
 
 
 def _selection(
-    calibration: Calibration, layer: int, sinks: int, change: Mapping[Role, Tensor], errors: Mapping[Role, Tensor]
-) -> tuple[Selection, Tensor] | None:
-    """Overlap, errors, alpha and the loss curve of one layer; None without statistics or without enough tokens."""
+    calibration: Calibration,
+    layer: int,
+    sinks: int,
+    change: Mapping[Role, Tensor],
+    errors: Mapping[Role, Tensor],
+    weigh: bool,
+) -> tuple[Selection | None, Tensor | None]:
+    """Overlap, errors and alpha of one layer, and its loss curve; None without statistics or without enough tokens."""
     data, info = calibration.layer(layer), calibration.info
     if "sample.attention_slope" not in data:
-        return None
+        return None, None
     shape = next(s for s in info.layers if s.index == layer)
-    middle, position = info.seq_len // 2, calibration.tensors["sample.position"]
-    contexts = Contexts.find(calibration.tensors["sample.sequence"], position, middle, shape.sliding, max(SINKS, sinks))
-    later = position >= middle
-    fisher = output_fisher(data["sample.value_fisher"][later], data["sample.attention_later_square"][later])
-    if contexts is None or fisher is None:
-        return None
+    where = calibration.tensors["sample.sequence"], calibration.tensors["sample.position"]
+    contexts = Contexts.find(*where, info.seq_len // 2, shape.sliding, max(SINKS, sinks))
+    if contexts is None:
+        return None, None
     early = data["sample.attention_early"]
     drawn = quantized_attention(early, data["sample.attention_slope"], change["key"])
     exact, quantized = (contexts.gather(x) / contexts.queries[:, None] for x in (early, drawn))
     key, value = (contexts.gather(errors[role]) for role in ROLES)
-    friendly = token_friendliness(key, value)
-    group = shape.query_heads // shape.kv_heads
-    queries = (info.seq_len - middle) * group
-    scale = (fisher / 2).sqrt()
-    stakes = Stakes(
-        mean=contexts.gather((data["sample.attention_sum"] - early).clamp(min=0) / queries),
-        square=contexts.gather(data["sample.attention_later_square"] / queries),
-        value=contexts.gather(data["sample.value"].float() * scale),
-        noise=contexts.gather((change["value"] * scale).square().sum(-1)),
-        drift=contexts.gather((drawn / early.clamp(min=torch.finfo(torch.float32).tiny) - 1).square()),
-        group=group,
-    )
-    alpha = attention_weight(contexts, quantized, friendly, stakes)
     found = overlap(contexts, exact, quantized)
-    heavy = contexts.best(exact, HEAVY)
-    both = (key + value) / 2
+    heavy, both = contexts.best(exact, HEAVY), (key + value) / 2
     selection = Selection(
         overlap=float(found.mean()),
         by_head=found.tolist(),
         heavy_error=mean_where(both, heavy),
         other_error=mean_where(both, contexts.free[:, None] & ~heavy),
-        alpha=alpha,
-        share=1.0,
     )
-    return selection, loss_curve(contexts, score(contexts, quantized, friendly, alpha), stakes)
+    stakes = _stakes(calibration, shape, contexts, drawn, change["value"]) if weigh else None
+    if stakes is None:
+        return selection, None
+    friendly = token_friendliness(key, value)
+    alpha = attention_weight(contexts, quantized, friendly, stakes)
+    curve = loss_curve(contexts, score(contexts, quantized, friendly, alpha), stakes)
+    return replace(selection, alpha=alpha), curve
+
+
+def _stakes(
+    calibration: Calibration, shape: LayerShape, contexts: Contexts, drawn: Tensor, change: Tensor
+) -> Stakes | None:
+    """What the tokens of `contexts` are worth; None if no sampled token tells what an output is worth.
+
+    Args:
+        drawn: `[n, H]`, early attention with quantized keys. change: `[n, H, D]`, what quantization does to values.
+    """
+    data, middle = calibration.layer(shape.index), calibration.info.seq_len // 2
+    later = calibration.tensors["sample.position"] >= middle
+    early, square = data["sample.attention_early"], data["sample.attention_later_square"]
+    fisher = output_fisher(data["sample.value_fisher"][later], square[later])
+    if fisher is None:
+        return None
+    group = shape.query_heads // shape.kv_heads
+    queries = (calibration.info.seq_len - middle) * group
+    scale = (fisher / 2).sqrt()
+    return Stakes(
+        mean=contexts.gather((data["sample.attention_sum"] - early).clamp(min=0) / queries),
+        square=contexts.gather(square / queries),
+        value=contexts.gather(data["sample.value"].float() * scale),
+        noise=contexts.gather((change * scale).square().sum(-1)),
+        drift=contexts.gather((drawn / early.clamp(min=torch.finfo(torch.float32).tiny) - 1).square()),
+        group=group,
+    )
 
 
 def _plot(
