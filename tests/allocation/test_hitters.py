@@ -30,7 +30,8 @@ def test_prediction_is_never_negative_and_finite():
     a = torch.tensor([[0.0], [1e-30], [1.0]])
     slope, change = torch.full((3, 1, 2), -50.0), torch.full((3, 1, 2), 1.0)
     found = quantized_attention(a, slope, change)
-    assert (found >= 0).all() and torch.isfinite(found).all()
+    assert (found >= 0).all()
+    assert torch.isfinite(found).all()
     assert found[0] == 0
     assert torch.equal(quantized_attention(a, slope, torch.zeros(3, 1, 2)), a)
 
@@ -45,7 +46,7 @@ def test_overlap_counts_common_tokens_of_each_head_and_context():
     for head in range(3):
         shares = []
         for of in (0, 1):
-            free = [i for i in range(120) if sequence[i] == of and 4 <= position[i]]
+            free = [i for i in range(120) if sequence[i] == of and position[i] >= 4]
             a, b = (set(sorted(free, key=lambda i: -x[i, head])[: round(0.2 * 56)]) for x in (exact, other))
             shares.append(len(a & b) / len(a))
         assert found[head].item() == pytest.approx(sum(shares) / 2)

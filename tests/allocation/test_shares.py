@@ -67,7 +67,7 @@ def test_a_curve_is_what_a_loop_keeps():
         kept = []
         for of, head in itertools.product((0, 1), (0, 1)):
             # 36 free tokens, of which a multiple is kept here.
-            free = [i for i in range(80) if i // 40 == of and 4 <= i % 40]
+            free = [i for i in range(80) if i // 40 == of and i % 40 >= 4]
             best = sorted(free, key=lambda i: -score[i, head])[: 36 * point // POINTS]
             kept.append(sum(float(worth[i, head]) for i in best))
         assert float(curve[point]) == pytest.approx(sum(kept) / 4, rel=1e-6)
