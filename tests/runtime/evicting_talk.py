@@ -113,7 +113,7 @@ class Simulation(SimulatedCache):
         positions = self.shown[layer][1][row, 0, :, -3]
         heads = marks.shape[0]
         lists = [[t for t in range(marks.shape[1]) if marks[h, t, ALIVE] > 0] for h in range(heads)]
-        window = self.recent if self.recent else 0
+        window = int((self.shown[layer][1][row, 0, lists[0], -1] == 0).sum())
         for h in range(heads):
             mine = lists[h]
             always = set(mine[: max(rule.sinks, self.sinks)]) | set(mine[len(mine) - max(recents, window) :])
