@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvcalib.model.angles import Angles
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.kernels.decode import attention_kernel, reduce_kernel
+from kvcalib.runtime.kernels.decode import attention_kernel
 from kvcalib.runtime.kernels.launch import Launch, strides
+from kvcalib.runtime.kernels.reduce import reduce_kernel
 from kvcalib.runtime.kernels.tables import SlotTables, TurnTables, slot_tables, turn_tables
 from kvcalib.runtime.kernels.view import PackedView
 

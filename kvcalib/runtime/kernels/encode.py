@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.kernels.decode import narrow
+from kvcalib.runtime.kernels.arithmetic import narrow
 from kvcalib.runtime.kernels.launch import Launch, strides
 from kvcalib.runtime.kernels.tables import encode_tables
 
