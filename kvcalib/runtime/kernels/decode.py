@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from kvcalib.runtime.kernels.arithmetic import dot, interleave, narrow
+from kvcalib.runtime.kernels.drawn import keep_norms, keep_scores
 from kvcalib.runtime.kernels.softmax import masked, share_of, soft
 from kvcalib.runtime.kernels.turning import angle_at, near_angle, turned_by
 from kvcalib.runtime.kernels.unpack import decoded, read_outlier, with_outlier
@@ -137,15 +138,15 @@ def _add_values(
 
 @triton.jit
 def _exact_tile(
-    peak, total, zeros, accs, slot, live, key, value, query, query_slot, query_number, head, positions, mask_tuple,
-    angles, k_tables, v_tables, scaling, softcap,
+    peak, total, zeros, accs, slot, held, key, value, query, query_slot, query_number, head, positions, mask_tuple,
+    angles, k_tables, v_tables, scaling, softcap, raw,
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     ROTATE: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD: tl.constexpr,
-    SINGLE: tl.constexpr, WIDEN: tl.constexpr,
+    SINGLE: tl.constexpr, WIDEN: tl.constexpr, PER_HEAD: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Take N exact tokens into the running softmax; key, value: `[N]` pointers to their channels."""
     mask, mask_row, mask_column = mask_tuple
-    first, delta, far, anchor = turned_by(positions, slot, live)
+    live, first, delta, far, anchor = turned_by(positions, slot, held, PER_HEAD)
     unused = (key, key, 0)
     score = _scores(
         query, live, delta, far, first, head, False, key, unused, k_tables, angles, scaling,
@@ -166,6 +167,8 @@ def _exact_tile(
         SOFTCAP,
         SINGLE,
     )
+    if DRAWN:
+        keep_scores(raw, score, slot, held, query[1])
     weight, decay, peak, total = soft(score, peak, total)
     kind: tl.constexpr = query[0].dtype.element_ty
     accs = _add_values(
@@ -178,7 +181,7 @@ def _exact_tile(
 @triton.jit(
     do_not_specialize=[
         "packed", "recent", "queries", "total_slots", "split_tiles",
-        "q_sb", "q_sh", "q_sq", "mask_sb", "mask_sq", "pos_sb", "sinks",
+        "q_sb", "q_sh", "q_sq", "mask_sb", "mask_sq", "pos_sb", "pos_sh", "sinks",
     ]
 )  # fmt: skip
 def attention_kernel(
@@ -191,7 +194,7 @@ def attention_kernel(
     positions, pos_sb, mask, mask_sb, mask_sq, mask_sn, sink_logits,
     k_channels, k_fields, k_book, k_pair_book, k_slots, v_channels, v_fields, v_book, v_pair_book, v_slots,
     turn, near, pairs, pair_scale,
-    scaling, softcap, packed, recent, sinks, queries, total_slots, split_tiles,
+    scaling, softcap, packed, recent, sinks, queries, total_slots, split_tiles, pos_sh, pos_sn, raw, norms,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, EXACT_N: tl.constexpr,
     K_LEVELS: tl.constexpr, K_WIDTH: tl.constexpr, K_PLANES: tl.constexpr, K_OUTLIERS: tl.constexpr,
@@ -200,12 +203,12 @@ def attention_kernel(
     V_BY_HEAD: tl.constexpr, V_PAIRED: tl.constexpr,
     ROTATE: tl.constexpr, HALF: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, SINK_LOGITS: tl.constexpr, DIRECT: tl.constexpr, SINGLE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, PER_HEAD: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * kv heads * row tiles, stretches). Shapes and meanings: `attention.py`, which launches it.
 
     The last stretch of the grid holds the exact tokens; with DIRECT there is one stretch, which holds everything and
-    writes the output itself.
+    writes the output itself. With DRAWN all scores are kept, see `drawn.py`.
     """
     tiles = tl.cdiv(GROUP * queries, M)
     tile = tl.program_id(0) % tiles
@@ -224,6 +227,13 @@ def attention_kernel(
 
     kind: tl.constexpr = query.dtype.element_ty
     positions += batch * pos_sb
+    if PER_HEAD:
+        positions += head.to(tl.int64) * pos_sh
+    places = (positions, pos_sn)
+    if DRAWN:
+        raw_row = raw + ((batch * HEADS + head) * GROUP * queries + row) * total_slots
+    else:
+        raw_row = raw
     mask += batch * mask_sb
     visible = (mask, mask_sq, mask_sn)
     angles = (turn, near, pairs, pair_scale)
@@ -257,7 +267,8 @@ def attention_kernel(
         if SINKS:
             for j in range(sinks):
                 live = live & (slot != tl.load(sink_slot + batch * ss_sb + j))
-        first, delta, far, anchor = turned_by(positions, slot, live)
+        held = live
+        live, first, delta, far, anchor = turned_by(places, slot, held, PER_HEAD)
         t = slot.to(tl.int64)
         outlier = (k_index + t * ki_st, k_exact + t * kx_st, k_element)
         score = _scores(
@@ -280,6 +291,8 @@ def attention_kernel(
             SOFTCAP,
             SINGLE,
         )
+        if DRAWN:
+            keep_scores(raw_row, score, slot, held, query_live)
         weight, decay, peak, total = soft(score, peak, total)
         zero = tl.load(v_zero + t * vz_st, mask=live, other=0.0).to(tl.float32)
         scale = tl.load(v_scale + t * vs_st, mask=live, other=0.0).to(tl.float32)
@@ -307,9 +320,9 @@ def attention_kernel(
                         peak, total, zeros, accs, slot, live,
                         sink_key + batch * sk_sb + head * sk_sh + t * sk_st,
                         sink_value + batch * sv_sb + head * sv_sh + t * sv_st,
-                        rows, query_slot, query_number, head, positions, visible, angles, k_tables, v_tables,
-                        scaling, softcap, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP, FOLD,
-                        SINGLE, WIDEN,
+                        rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
+                        scaling, softcap, raw_row, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
+                        FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
             if RECENT:
                 for start in range(0, recent, EXACT_N):
@@ -319,9 +332,9 @@ def attention_kernel(
                         peak, total, zeros, accs, packed + number, number < recent,
                         recent_key + batch * rk_sb + head * rk_sh + t * rk_st,
                         recent_value + batch * rv_sb + head * rv_sh + t * rv_st,
-                        rows, query_slot, query_number, head, positions, visible, angles, k_tables, v_tables,
-                        scaling, softcap, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP, FOLD,
-                        SINGLE, WIDEN,
+                        rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
+                        scaling, softcap, raw_row, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
+                        FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
 
     c = tl.arange(0, 16)
@@ -332,6 +345,8 @@ def attention_kernel(
             channel = tl.load(v_channels + head * VALUE_DIM + group * 16 + c)
             x = (accs[group] + zeros[:, None]) * share[:, None]
             tl.store(out + place[:, None] + channel[None, :], narrow(x, kind), mask=query_live[:, None])
+        if DRAWN:
+            keep_norms(norms, (batch * HEADS + head) * GROUP * queries + row, peak, share, query_live)
     else:
         place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split) * M + tl.arange(0, M)
         tl.store(peaks + 2 * place, peak)

@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 
 from kvcalib.runtime.kernels.arithmetic import LOG2E, narrow
+from kvcalib.runtime.kernels.drawn import keep_norms
 from kvcalib.runtime.kernels.softmax import share_of
 
 
 @triton.jit(do_not_specialize=["queries", "splits"])
 def reduce_kernel(
-    partial, peaks, out, v_channels, sink_logits, queries, splits,
+    partial, peaks, out, v_channels, sink_logits, queries, splits, norms,
     HEADS: tl.constexpr, GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr,
-    AT_ONCE: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    AT_ONCE: tl.constexpr, SINK_LOGITS: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """One output row per program: the stretches of `partial [.., splits, M, Dv]` in ascending order."""
     row = tl.program_id(0)
@@ -49,3 +50,5 @@ def reduce_kernel(
     channel = tl.load(v_channels + head * VALUE_DIM + c, mask=inside, other=0)
     place = ((batch * queries + local // GROUP) * (HEADS * GROUP) + query_head) * VALUE_DIM
     tl.store(out + place + channel, narrow(acc * share, out.dtype.element_ty), mask=inside)
+    if DRAWN:
+        keep_norms(norms, row.to(tl.int64), peak, share, True)

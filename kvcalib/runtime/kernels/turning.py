@@ -49,14 +49,22 @@ def near_angle(turn, near, pair, place, delta, far, PAIRS: tl.constexpr, HALF: t
 
 
 @triton.jit
-def turned_by(positions, slot, live):
-    """Smallest position of the tile, each token's distance from it, whether any is NEAR or more, and 0.
+def turned_by(positions, slot, live, PER_HEAD: tl.constexpr):
+    """Of a tile: which tokens live, the smallest position, each token's distance from it, whether any is NEAR or more,
+    and 0.
+
+    positions: the pointer to those of the row (and head), and the distance of two slots' numbers. PER_HEAD: slots at
+    position -1 are unused and not read; otherwise that counts as 0.
 
     The 0 comes out of the positions, so the compiler cannot know it. Added to the head, it keeps the unrolled groups'
     addresses and look-ups from being moved out of the loop over tiles, where they would fill the registers.
     """
-    position = tl.maximum(tl.load(positions + slot, mask=live, other=0), 0)
+    start, stride = positions
+    position = tl.load(start + slot * stride, mask=live, other=0)
+    if PER_HEAD:
+        live = live & (position >= 0)
+    position = tl.maximum(position, 0)
     first = tl.min(tl.where(live, position, NOT_A_POSITION), 0)
     delta = tl.where(live, position - first, 0)
     far = tl.max(delta, 0) >= NEAR
-    return tl.where(first == NOT_A_POSITION, 0, first), delta, far, tl.minimum(first, 0)
+    return live, tl.where(first == NOT_A_POSITION, 0, first), delta, far, tl.minimum(first, 0)
