@@ -168,7 +168,7 @@ def _exact_tile(
         SINGLE,
     )
     if DRAWN:
-        keep_scores(raw, score, slot, held, query[1])
+        keep_scores(raw, anchor, score, slot, held, query[1])
     weight, decay, peak, total = soft(score, peak, total)
     kind: tl.constexpr = query[0].dtype.element_ty
     accs = _add_values(
@@ -231,9 +231,8 @@ def attention_kernel(
         positions += head.to(tl.int64) * pos_sh
     places = (positions, pos_sn)
     if DRAWN:
-        raw_row = raw + ((batch * HEADS + head) * GROUP * queries + row) * total_slots
-    else:
-        raw_row = raw
+        raw += (batch * HEADS + head) * GROUP * queries * total_slots
+    raw_rows = (raw, row, total_slots)
     mask += batch * mask_sb
     visible = (mask, mask_sq, mask_sn)
     angles = (turn, near, pairs, pair_scale)
@@ -292,7 +291,7 @@ def attention_kernel(
             SINGLE,
         )
         if DRAWN:
-            keep_scores(raw_row, score, slot, held, query_live)
+            keep_scores(raw_rows, anchor, score, slot, held, query_live)
         weight, decay, peak, total = soft(score, peak, total)
         zero = tl.load(v_zero + t * vz_st, mask=live, other=0.0).to(tl.float32)
         scale = tl.load(v_scale + t * vs_st, mask=live, other=0.0).to(tl.float32)
@@ -321,7 +320,7 @@ def attention_kernel(
                         sink_key + batch * sk_sb + head * sk_sh + t * sk_st,
                         sink_value + batch * sv_sb + head * sv_sh + t * sv_st,
                         rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
-                        scaling, softcap, raw_row, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
+                        scaling, softcap, raw_rows, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
                         FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
             if RECENT:
@@ -333,7 +332,7 @@ def attention_kernel(
                         recent_key + batch * rk_sb + head * rk_sh + t * rk_st,
                         recent_value + batch * rv_sb + head * rv_sh + t * rv_st,
                         rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
-                        scaling, softcap, raw_row, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
+                        scaling, softcap, raw_rows, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
                         FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
 

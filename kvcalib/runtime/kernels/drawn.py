@@ -28,9 +28,15 @@ ROWS = 8
 
 
 @triton.jit
-def keep_scores(raw_row, score, slot, held, query_live):
-    """Store `score [M, N]` of the slots that this program holds; raw_row: `[M]` pointers."""
-    tl.store(raw_row[:, None] + slot[None, :], score, mask=query_live[:, None] & held[None, :])
+def keep_scores(raw, anchor, score, slot, held, query_live):
+    """Store `score [M, N]` of the slots that this program holds.
+
+    raw: the pointer to the head's scores, numbers `[M]` and length of its rows; anchor: a 0 that the compiler does not
+    know, so that it computes the rows' addresses here instead of keeping them in registers (see `turning.py`).
+    """
+    start, row, length = raw
+    place = (row + anchor).to(tl.int64) * length
+    tl.store(start + place[:, None] + slot[None, :], score, mask=query_live[:, None] & held[None, :])
 
 
 @triton.jit
