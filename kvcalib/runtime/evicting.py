@@ -253,9 +253,9 @@ class EvictingLayer(PackedLayer):
 
         `mask`: the model's, whose last columns are these tokens.
         """
-        used = self.marks.read(0, self.slots)["position"][:, :, 0] >= 0
         if mask is None and all(n == self.slots for n in self.counts.held):
             return None
+        used = self.marks.read(0, self.slots)["position"][:, :, 0] >= 0
         past = self.slots - queries
         if mask is None:
             new = torch.ones(queries, queries, dtype=torch.bool, device=used.device).tril()[None, None]
