@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcalib.runtime import saved
 from kvcalib.runtime.adaptive import AdaptiveLayer
+from kvcalib.runtime.evicting import EvictingLayer
 from kvcalib.runtime.layers import TapLayer
 from kvcalib.runtime.storage import Rows
 
@@ -37,6 +38,11 @@ class PackedCache(DynamicCache):
         for index, layer in layers.items():
             self.layers[index] = layer
         self.tapped = tuple(sorted(layers))
+        full = [layer for layer in self.layers if not getattr(layer, "is_sliding", False)]
+        evicting = [layer for layer in full if isinstance(layer, EvictingLayer)]
+        for mine in evicting:
+            # Layers of one kind share a mask; a stock layer needs all of it.
+            mine.whole_mask = len(evicting) < len(full)
         self.origin = origin
         self._positions = Rows()
         self._view: Tensor | None = None
@@ -111,7 +117,7 @@ class PackedCache(DynamicCache):
         self._view = None
 
     def positions(self) -> dict[str, Tensor]:
-        """`position [B or 1, T]` int32 of every token that came in."""
+        """`position [B or 1, T]` int32 of every token that came in; nothing if no layer asks (`in_order`)."""
         return dict(self._positions.read(0, self._positions.length))
 
     def put_positions(self, position: Tensor) -> None:
@@ -120,13 +126,31 @@ class PackedCache(DynamicCache):
         Raises:
             ValueError: there are more or fewer than tokens.
         """
-        if position.dtype != torch.int32 or position.ndim != 2 or position.shape[1] != self._seen():
+        tokens = self._seen()
+        if position.dtype != torch.int32 or position.ndim != 2 or position.shape[1] != tokens:
             raise ValueError(
-                f"positions are {position.dtype} {list(position.shape)}, expected int32 for {self._seen()} tokens"
+                f"positions are {position.dtype} {list(position.shape)}, expected int32 for {tokens} tokens"
             )
         self._positions = Rows()
         self._positions.append({"position": position})
         self._view = None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether any layer asks for the positions of all tokens; layers that evict keep those of their own."""
+        return not all(isinstance(self._tap_layer(i), EvictingLayer) for i in self.tapped)
+
+    def evict(self) -> None:
+        """Let go now what the eviction's budget does not allow, as after a prompt that nothing follows yet."""
+        for index in self.tapped:
+            layer = self.layers[index]
+            if isinstance(layer, EvictingLayer):
+                layer.evict()
+
+    def survivors(self) -> dict[int, Tensor]:
+        """By layer that evicts: positions of the tokens it holds, int32 `[B, H, S]`, -1 where a slot is unused."""
+        layers = {index: self.layers[index] for index in self.tapped}
+        return {i: layer.survivors() for i, layer in layers.items() if isinstance(layer, EvictingLayer) and layer.batch}
 
     def _tap_layer(self, index: int) -> TapLayer:
         layer = self.layers[index]

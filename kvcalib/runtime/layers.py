@@ -200,31 +200,39 @@ class PackedLayer(TapLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store `[B, H, t, D]` and return them as they came."""
-        for role, x in (("key", key_states), ("value", value_states)):
+        self._begin(key_states, value_states)
+        self.packed.drop(min(self._stale(self.packed.length + self.window.length), self.packed.length))
+        self.seen += key_states.shape[2]
+        self._take(key_states, value_states)
+        return key_states, value_states
+
+    def _begin(self, key: Tensor, value: Tensor) -> None:
+        """Check the shapes of keys and values that come, and note their type and device."""
+        for role, x in (("key", key), ("value", value)):
             expected = self.quantizers[role].layout.widths.shape
             if x.shape[1::2] != expected:
                 raise ArtifactMismatch(
                     f"{role}s have {x.shape[1]} kv heads of {x.shape[3]} channels, the artifact has "
                     f"{expected[0]} of {expected[1]}; build one for this model"
                 )
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        new = {"key": key_states.transpose(1, 2), "value": value_states.transpose(1, 2)}
+        self.dtype, self.device, self.is_initialized = key.dtype, key.device, True
+
+    def _take(self, key: Tensor, value: Tensor) -> None:
+        """Store `[B, H, t, D]`: the last ones in the exact window, what leaves it packed."""
+        new = {"key": key.transpose(1, 2), "value": value.transpose(1, 2)}
         if self.sinks and (self.recent or not self.sinks_full):
             shape = new["key"].shape[:2]
             new["valid"] = torch.ones(shape, dtype=torch.bool, device=self.device)
             if self.valid is not None:
                 new["valid"] &= self.valid.to(self.device)
-        self.packed.drop(min(self._stale(self.packed.length + self.window.length), self.packed.length))
-        self.seen += key_states.shape[2]
         if not self.recent:
             self._store(new)
-            return key_states, value_states
+            return
         self.window.append(new)
         leaving = self.window.length - self.recent
         if leaving > 0:
             self._store(self.window.read(0, leaving))
             self.window.drop(leaving)
-        return key_states, value_states
 
     def _store(self, new: Mapping[str, Tensor]) -> None:
         """Quantize and append tokens `[B, t, H, D]`."""
@@ -235,33 +243,62 @@ class PackedLayer(TapLayer):
         self.packed.extend(self._spec(batch, count, exact))
         path = paths.writing(self.quantizers["key"], self.quantizers["value"], self.device)
         rows = self.packed.read(self.packed.length - count, self.packed.length)
+        residues = self._residues(new["key"])
         if path == "native" and batch * count <= MOST_TOKENS:
             for role, quantizer in self.quantizers.items():
-                store(quantizer, new[role], exact, rows, f"{role}.")
-            return
-        if path == "triton":
+                store(quantizer, new[role], exact, rows, f"{role}.", *([residues[role]] if residues else []))
+        elif path == "triton":
             from kvcalib.runtime.kernels.encode import packed_encode
 
-            packed_encode(new["key"], new["value"], self.quantizers["key"], self.quantizers["value"], dict(rows))
-            return
-        for start in range(0, count, ENCODE_CHUNK):
-            part = slice(start, start + ENCODE_CHUNK)
-            for role, quantizer in self.quantizers.items():
-                x = new[role][:, part]
-                for name, t in quantizer.encode(x.reshape(-1, *x.shape[2:]), exact).items():
-                    rows[f"{role}.{name}"][:, part] = t.reshape(batch, x.shape[1], *t.shape[1:])
+            pair = (residues["key"], residues["value"]) if residues else None
+            packed_encode(
+                new["key"],
+                new["value"],
+                self.quantizers["key"],
+                self.quantizers["value"],
+                dict(rows),
+                *([pair] if pair else []),
+            )
+        else:
+            for start in range(0, count, ENCODE_CHUNK):
+                part = slice(start, start + ENCODE_CHUNK)
+                for role, quantizer in self.quantizers.items():
+                    x = new[role][:, part]
+                    flat = x.reshape(-1, *x.shape[2:])
+                    made = quantizer.encode(flat, exact)
+                    for name, t in made.items():
+                        # A token's one zero and scale may be kept once per head (`heads.py`).
+                        rows[f"{role}.{name}"][:, part] = t.reshape(*x.shape[:2], *t.shape[1:])
+                    if residues:
+                        residues[role][:, part] = residue(quantizer, made, flat).view(*x.shape[:3], 2)
+        if residues:
+            self._note(rows, residues)
+
+    def _residues(self, key: Tensor) -> dict[str, Tensor]:
+        """Where `|x - x^|^2` and `|x|^2` of tokens `key [B, t, H, D]` and their values go, nowhere if nobody asks."""
+        return {}
+
+    def _note(self, rows: Mapping[str, Tensor], residues: dict[str, Tensor]) -> None:
+        """Take the `residues` `[B, t, H, 2]` of the tokens just stored in `rows`."""
 
     def _spec(self, batch: int, count: int, exact: torch.dtype) -> dict[str, Any]:
         """What `Rows.extend` is told of `count` new tokens; most steps are alike."""
         asked = (batch, count, exact, self.device)
         if self._known is None or self._known[0] != asked:
             spec = {
-                f"{role}.{name}": (torch.Size((batch, count, *shape)), dtype, self.device)
-                for role, quantizer in self.quantizers.items()
-                for name, (shape, dtype) in quantizer.row_spec(exact).items()
+                name: (torch.Size((batch, count, *shape)), dtype, self.device)
+                for name, (shape, dtype) in self._row_spec(exact).items()
             }
             self._known = (asked, spec)
         return self._known[1]
+
+    def _row_spec(self, exact: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of what is stored of one packed token, by name."""
+        return {
+            f"{role}.{name}": spec
+            for role, quantizer in self.quantizers.items()
+            for name, spec in quantizer.row_spec(exact).items()
+        }
 
     def _keep_sinks(self, new: Mapping[str, Tensor]) -> None:
         """Copy the first real tokens of each row, with their slots, until every row has its `sinks`."""
@@ -306,6 +343,11 @@ class PackedLayer(TapLayer):
         return max(self.packed.batch, self.window.batch)
 
     @property
+    def _may_lack(self) -> bool:
+        """Whether tokens that came in may be gone."""
+        return self.sliding is not None
+
+    @property
     def elements(self) -> int:
         per_token = sum(q.layout.widths.numel() for q in self.quantizers.values())
         return self.batch * (self.packed.length + self.window.length) * per_token
@@ -332,7 +374,7 @@ class PackedLayer(TapLayer):
             parts.setdefault(part, {})[rest] = tensor
         length = {part: self._check_part(part, found, dtype) for part, found in parts.items()}
         held, slots = length["packed"] + length["recent"], parts["sink"].get("slot")
-        if held > seen or (self.sliding is None and held != seen) or length["recent"] > self.recent:
+        if held > seen or (not self._may_lack and held != seen) or length["recent"] > self.recent:
             raise ValueError(f"{held} tokens are stored of {seen} seen, {length['recent']} of them exact")
         if self.sinks and length["packed"] and slots is None:
             raise ValueError(f"the {self.sinks} exact first tokens are missing")
@@ -357,8 +399,7 @@ class PackedLayer(TapLayer):
         exact = {role: (tuple(q.layout.widths.shape), dtype) for role, q in self.quantizers.items()}
         if part == "packed":
             two_bytes = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-            for role, quantizer in self.quantizers.items():
-                expected.update({f"{role}.{name}": spec for name, spec in quantizer.row_spec(two_bytes).items()})
+            expected.update(self._row_spec(two_bytes))
         elif part == "recent" and self.recent:
             expected = exact | ({"valid": ((), torch.bool)} if self.sinks else {})
         elif part == "sink" and self.sinks:
@@ -433,6 +474,12 @@ class PackedLayer(TapLayer):
         if self.sink_count is not None:
             held["sink.count"] = self.sink_count
         return held
+
+
+def residue(quantizer: Quantizer, rows: dict[str, Tensor], x: Tensor) -> Tensor:
+    """`|x - x^|^2` and `|x|^2` of every token and head of `x [N, H, D]`, stored as `rows`: float32 `[N, H, 2]`."""
+    wide = x.float()
+    return torch.stack([(quantizer.decode(rows) - wide).square().sum(-1), wide.square().sum(-1)], -1)
 
 
 def with_exact(view: PackedView, key: Tensor, value: Tensor) -> PackedView:

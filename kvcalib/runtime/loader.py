@@ -36,7 +36,10 @@ from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.adaptive import AdaptiveLayer
 from kvcalib.runtime.attention import attend_packed
 from kvcalib.runtime.cache import PackedCache
+from kvcalib.runtime.evicting import EvictingLayer
+from kvcalib.runtime.eviction import Eviction, Per
 from kvcalib.runtime.layers import ExactLayer, PackedLayer, TapLayer, with_exact
+from kvcalib.runtime.policies import Policy, QHitter
 from kvcalib.runtime.saved import Origin, Place, restore
 from kvcalib.runtime.tiers import Adaptive, load_adaptive
 
@@ -67,15 +70,18 @@ class Artifact:
         sinks: int | None = None,
         recent: int | None = None,
         adaptive: Adaptive | None = None,
+        eviction: Eviction | None = None,
     ) -> PackedCache:
         """An empty packed cache for `model`, which must be attached when the cache is used.
 
         Args:
             sinks, recent: exact first and last tokens; the artifact's defaults if None.
             adaptive: see `attach`.
+            eviction: how many tokens stay, and which; layers with a sliding window have their own rule.
 
         Raises:
-            ArtifactMismatch: the artifact, or `adaptive`, was built for another model.
+            ArtifactMismatch: the artifact, or `adaptive`, was built for another model, or the artifact lacks what the
+                eviction's policy asks for. ValueError: the eviction's settings do not fit the model or the artifact.
         """
         self.check_fit(model)
         if adaptive is not None:
@@ -86,12 +92,19 @@ class Artifact:
         if sinks < 0 or recent < 0:
             raise ValueError(f"sinks is {sinks} and recent is {recent}, expected counts of 0 or more")
         windows = selftest.attention_layers(model)
-        layers: dict[int, TapLayer] = {
-            index: PackedLayer(pair["key"], pair["value"], sinks, recent, windows[index])
-            if adaptive is None or windows[index] is not None
-            else adaptive.layer(index, sinks, recent)
-            for index, pair in self.quantizers.items()
-        }
+        if eviction is not None:
+            if adaptive is not None:
+                raise ValueError("adaptive widths and eviction are both given; one cache does one of them")
+            eviction = eviction.within(longest_context(model))
+        layers: dict[int, TapLayer] = {}
+        for index, pair in self.quantizers.items():
+            if windows[index] is not None or (adaptive is None and eviction is None):
+                layers[index] = PackedLayer(pair["key"], pair["value"], sinks, recent, windows[index])
+            elif adaptive is not None:
+                layers[index] = adaptive.layer(index, sinks, recent)
+            elif eviction is not None:
+                alpha, share = self.weights(index, eviction)
+                layers[index] = EvictingLayer(pair["key"], pair["value"], eviction, alpha, share, sinks, recent)
         origin = Origin(
             artifact=self.path.name if self.path else "",
             artifact_sha256=hash_bytes(self.manifest.encode()),
@@ -99,22 +112,48 @@ class Artifact:
             dtype=str(model.dtype).removeprefix("torch."),
             sinks=sinks,
             recent=recent,
+            eviction=None if eviction is None else eviction.describe(),
         )
         return PackedCache(model.config, layers, origin)
 
+    def weights(self, layer: int, eviction: Eviction) -> tuple[float, float]:
+        """The weight of attention and the share of the tokens that the artifact gives a layer.
+
+        Raises:
+            ArtifactMismatch: the policy asks for a weight, and the artifact has none.
+        """
+        found = next(spec.friendliness for spec in self.manifest.layers if spec.index == layer)
+        alpha, share = (getattr(found, name, None) for name in ("alpha", "share"))
+        if alpha is None:
+            if eviction.rule.weighted and eviction.alpha is None:
+                where = f"artifact {str(self.path)!r}" if self.path else "the artifact"
+                raise ArtifactMismatch(
+                    f"{where}: layer {layer} has no friendliness.alpha, which policy {eviction.rule.name!r} weights "
+                    "attention with; build it anew from a calibration of this version, give an alpha, or take another "
+                    "policy (h2o, window)"
+                )
+            alpha = 1.0
+        return alpha, 1.0 if share is None else share
+
     def load_cache(
-        self, path: str | Path, model: PreTrainedModel, sinks: int | None = None, recent: int | None = None
+        self,
+        path: str | Path,
+        model: PreTrainedModel,
+        sinks: int | None = None,
+        recent: int | None = None,
+        cache: PackedCache | None = None,
     ) -> PackedCache:
         """The cache that `PackedCache.save` wrote to `path`, ready for `model` to go on from.
 
         Args:
             sinks, recent: as the cache was made with; the artifact's defaults if None.
+            cache: an empty one of `new_cache` with the settings that the saved one had, in place of `sinks`, `recent`.
 
         Raises:
             ArtifactMismatch: it was saved from another artifact, model, dtype or setting; names both.
             CorruptFile: it is damaged. InputError: there is none.
         """
-        cache = self.new_cache(model, sinks, recent)
+        cache = self.new_cache(model, sinks, recent) if cache is None else cache
         places = {i: Place(execution_device(m), *kv_shape(model, i)) for i, m in find_attention(model).items()}
         restore(cache, Path(path), places)
         return cache
@@ -191,6 +230,12 @@ def kv_shape(model: PreTrainedModel, layer: int) -> tuple[int, int]:
     return kv_heads, getattr(config[layer], "head_dim", None) or config[layer].hidden_size // heads
 
 
+def longest_context(model: PreTrainedModel) -> int | None:
+    """The longest context that the model's config names, None if none."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 class _PackedAttention:
     """Handler of an attached model: cached attention on packed or exact layers.
 
@@ -222,6 +267,8 @@ class _PackedAttention:
             current = tap.rotary.position_ids
         else:
             current = torch.arange(layer.seen - new, layer.seen, device=call.query.device)[None]
+        if isinstance(layer, EvictingLayer):
+            return layer.attend(call, current, self.exact_prefill), None
         count = layer.visible(new)
         positions = cache.extend_positions(layer.seen, current)
         if count < layer.seen:
@@ -256,6 +303,7 @@ class Attachment:
     sinks: int | None
     recent: int | None
     adaptive: Adaptive | None = None
+    eviction: Eviction | None = None
     handles: list[Any] = field(default_factory=list)
     lent: PackedCache | None = None
 
@@ -277,7 +325,7 @@ class Attachment:
 
     def make_cache(self) -> PackedCache:
         """An empty cache with the attachment's settings."""
-        return self.artifact.new_cache(self.model, self.sinks, self.recent, self.adaptive)
+        return self.artifact.new_cache(self.model, self.sinks, self.recent, self.adaptive, self.eviction)
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
@@ -347,16 +395,23 @@ def attach(
     model: PreTrainedModel,
     artifact: Artifact | str | Path,
     sinks: int | None = None,
-    recent: int | None = None,
+    recent: float | None = None,
     rotations: dict[int, Rotation] | None = None,
     prefill: Prefill = "quantized",
     adaptive: Adaptive | str | Path | None = None,
+    keep: float | None = None,
+    policy: str | Policy = "qhitter",
+    streaming: bool = False,
+    age_norm: bool = True,
+    per: Per = "auto",
+    eviction: Eviction | None = None,
 ) -> Attachment:
     """Make `model` run on packed caches of `artifact` until `detach`.
 
     Args:
         artifact: a loaded artifact, its folder or its Hub id.
-        sinks, recent: exact first and last tokens; the artifact's defaults if None.
+        sinks, recent: exact first and last tokens; the artifact's defaults if None. With `keep`, `recent` is how many
+            of the last tokens always stay (packed), below 1 a share of the tokens seen; a quarter of `keep` if None.
         rotations: what `prove` returned for this model and these layers, to skip the self-test.
         prefill: "quantized": every query reads what the cache stored, the prompt's own tokens included. "exact": the
             tokens of a pass that brings several (a prompt, a chunk of one) see each other exactly and are read as
@@ -365,9 +420,16 @@ def attach(
             (`runtime/adaptive.py`); what `load_adaptive` gives, or the folder that `kvcalib tiers` wrote. Layers with a
             sliding window keep the artifact's widths. The tokens of a pass then always see each other exactly, and at
             least the last `adaptive.rule.window` tokens stay exact.
+        keep: at most so many tokens stay, below 1 a share of the tokens seen; see `eviction.Eviction`.
+        policy: which: "qhitter", "h2o", "window", "qhitter-published", "full", or a `Policy` of your own.
+        streaming: positions are counted within the cache, so that generation can go on without end.
+        age_norm: "qhitter" compares attention per query, not its sum, which favours old tokens.
+        per: "head", "layer" or "auto": whether each KV head keeps its own tokens.
+        eviction: all of this at once, in place of `keep` and what follows it.
 
     Raises:
-        UnsupportedModel: the self-test failed. ArtifactMismatch: the artifact is another model's.
+        UnsupportedModel: the self-test failed. ArtifactMismatch: the artifact is another model's, or lacks what the
+            policy asks for. ValueError: settings that do not go together.
         RuntimeError: the model is attached already.
     """
     if model in _ATTACHED:
@@ -383,8 +445,23 @@ def attach(
     if adaptive is not None:
         adaptive = adaptive if isinstance(adaptive, Adaptive) else load_adaptive(adaptive)
         adaptive.check_fit(loaded.quantizers)
+    if eviction is None and keep is not None:
+        if policy == "qhitter" and not age_norm:
+            policy = QHitter(age_norm=False)
+        eviction, recent = Eviction(keep, recent, policy, streaming, per), None
+    elif streaming or (recent is not None and recent != int(recent)):
+        raise ValueError(
+            f"streaming is {streaming} and recent {recent}, but there is no keep; say how many tokens stay, as keep=0.2"
+        )
+    last = None if recent is None else int(recent)
     taps = Taps(model, _PackedAttention(prefill == "exact"), rotations)
-    attachment = Attachment(model, loaded, taps, sinks, recent, adaptive)
+    attachment = Attachment(model, loaded, taps, sinks, last, adaptive, eviction)
+    try:
+        # Settings that do not fit are refused now and not by the first forward pass.
+        attachment.make_cache()
+    except Exception:
+        taps.remove()
+        raise
     attachment.install()
     _ATTACHED[model] = attachment
     return attachment
@@ -406,7 +483,8 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> PackedCache:
     attachment = _ATTACHED.get(model)
     if attachment is None:
         raise RuntimeError("the model is not attached; call kvcalib.attach(model, artifact) before load_cache")
-    return attachment.artifact.load_cache(path, model, attachment.sinks, attachment.recent)
+    made = attachment.make_cache()
+    return attachment.artifact.load_cache(path, model, cache=made)
 
 
 def prove(model: PreTrainedModel, layers: list[int]) -> dict[int, Rotation]:

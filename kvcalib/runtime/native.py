@@ -8,11 +8,10 @@ changes of a quantizer is laid out once; a step adds addresses, so that little o
 from __future__ import annotations
 
 import struct
-import weakref
 from array import array
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,13 +23,16 @@ from kvcalib.quant.packing import MAX_PLANES
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime import team
 from kvcalib.runtime.kernels.view import PackedView
-from kvcalib.runtime.native_loops import LANES, NOTHING, STORED, TILE, loops
+from kvcalib.runtime.native_loops import DYNAMIC, STORED, loops
+from kvcalib.runtime.native_tile import LANES, NOTHING, TILE
 from kvcalib.runtime.storage import Slices
 
 MOST_ROWS = 32
 """Query rows per kv head up to which this beats the chunked path, whose matrix products pay off for many."""
 ALONE = 4
 """Tiles, all kv heads counted, up to which a second thread is not worth its call."""
+LEAST = 32
+"""Multiples of 1024 whose cosines are made at once: positions up to 32768."""
 
 
 class _Plan(NamedTuple):
@@ -60,8 +62,7 @@ class _Turns(NamedTuple):
 _PLANS: WeakKeyDictionary[Quantizer, _Plan] = WeakKeyDictionary()
 _TURNS: WeakKeyDictionary[Angles, _Turns] = WeakKeyDictionary()
 _NAMES = {"words": "words", "index": "outlier_index", "exact": "outlier_value"}
-_LAST: list[Any] = [None, 0]
-"""The positions looked at last, which all layers of a pass share, and the largest of them."""
+_FAR, _FINE = DYNAMIC.index("far"), DYNAMIC.index("fine")
 
 
 def fits(query: Tensor, view: PackedView) -> bool:
@@ -79,6 +80,8 @@ def native_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     rotate: bool = False,
+    drawn: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """Softmax attention of the last Q tokens over a packed layer; see `attention.chunked_attention`.
 
@@ -87,9 +90,15 @@ def native_attention(
         angles: the layer's rotation.
         mask: None for plain causal, bool `[B or 1, 1, Q, T + w]` (True attends), or float to add.
         rotate: turn the query too, at the last Q positions of the view.
+        drawn: overwritten with the attention that each slot drew, float32 `[B, H, T + w]`, contiguous: the sum, over
+            the kv head's query heads and the Q queries q, of `decay ** (Q - 1 - q)` times the weight in the softmax,
+            sink logits included; 0 where the mask hides a slot.
 
     Returns:
         `[B, Q, Hq, Dv]` in the dtype of `query`.
+
+    Raises:
+        ValueError: `drawn` has another shape or type, or is not contiguous.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, value_dim = view.value.layout.widths.shape
@@ -98,13 +107,13 @@ def native_attention(
     tiles, pairs = -(-length // TILE), batch * kv_heads
     splits = 1 if pairs >= threads else max(1, min(threads * 2 // pairs, -(-total // (4 * TILE))))
     key, value = _plan(view.key, angles), _plan(view.value, None)
-    positions = view.positions if view.positions.stride(1) == 1 else view.positions.contiguous()
-    turns = _turns(angles, _largest(positions) if angles.turns else 0)
+    turns = _turns(angles, 0)
     # Everything whose address goes along must live until the end of the call.
     raw = query.detach().float().contiguous()
     out = torch.empty(batch, queries, heads, value_dim)
     each = pairs * splits * rows
     scratch = torch.empty(each * (2 + value_dim))
+    raw_scores = None if drawn is None else _scores_for(drawn, (batch, kv_heads, total), rows)
     added = None if mask is None else _added(mask)
     logits = None if sink_logits is None else sink_logits.detach().float().contiguous()
     sinks = _floats(view.sink_key, view.sink_value)
@@ -112,14 +121,15 @@ def native_attention(
     recent = _floats(view.recent_key, view.recent_value)
     peak = scratch.data_ptr()
     numbers = [
-        0, pairs * splits, splits, -(-tiles // splits), tiles, batch, kv_heads, rows, queries, head_dim, value_dim,
+        0, 0, pairs * splits, splits, -(-tiles // splits), tiles, batch, kv_heads, rows, queries, head_dim, value_dim,
         total, length, raw.data_ptr(), int(rotate and angles.turns), out.data_ptr(), peak, peak + 4 * each,
-        peak + 8 * each, positions.data_ptr(), positions.shape[0], positions.stride(0),
+        peak + 8 * each, *_steps(view.positions),
         *((0, 0, 0, 0) if added is None else (1, added.data_ptr(), added.shape[0], added.shape[2])),
         int(angles.turns), key.channel, key.scale, *turns.numbers, _wide(_exact_dtype(view)).data_ptr(),
         *((0, 0, 0, 0) if not sinks or slot is None else (sinks[0].shape[1], *(x.data_ptr() for x in (*sinks, slot)))),
         *((0, 0, 0) if not recent else (recent[0].shape[1], *(x.data_ptr() for x in recent))),
         0 if logits is None else logits.data_ptr(),
+        *((0, 0) if drawn is None or raw_scores is None else (drawn.data_ptr(), raw_scores.data_ptr())),
     ]  # fmt: skip
     for role, quantizer in (("key", view.key), ("value", view.value)):
         for name in STORED if quantizer.outliers else STORED[:1]:
@@ -127,14 +137,37 @@ def native_attention(
         if not quantizer.outliers:
             numbers += (0, 0, 0, 0, 0, 0)
     numbers += (*place(view.rows, "value.zero"), *place(view.rows, "value.scale"))
-    numbers += (*_bits(scaling, softcap or 0.0), *key.numbers, *value.numbers)
+    numbers += (*_bits(scaling, softcap or 0.0, decay), *key.numbers, *value.numbers)
     call = array("q", numbers)
     data = call.buffer_info()[0]
     work, join = loops()
-    team.run(work, data, 1 if tiles * pairs <= ALONE else min(threads, pairs * splits))
+    together = 1 if tiles * pairs <= ALONE else min(threads, pairs * splits)
+    team.run(work, data, together)
+    if call[_FAR]:
+        # A position beyond the tables, which nobody looked for: longer tables, and from the start.
+        turns = _turns(angles, int(view.positions[..., :total].max()))
+        call[0] = call[_FAR] = 0
+        call[_FINE : _FINE + len(turns.numbers)] = array("q", turns.numbers)
+        team.run(work, data, together)
     if splits > 1:
         team.run(join, data, 1)
     return out.to(query.dtype)
+
+
+def _steps(positions: Tensor) -> tuple[int, int, int, int]:
+    """Address of positions `[B or 1, T]` or `[B or 1, H, T]`, and the steps between batch rows, heads and slots."""
+    row = positions.stride(0) if positions.shape[0] > 1 else 0
+    return positions.data_ptr(), row, positions.stride(1) if positions.dim() == 3 else 0, positions.stride(-1)
+
+
+def _scores_for(drawn: Tensor, shape: tuple[int, int, int], rows: int) -> Tensor:
+    """Room for the raw scores of every query row of a kv head."""
+    if drawn.shape != shape or drawn.dtype != torch.float32 or not drawn.is_contiguous():
+        raise ValueError(
+            f"drawn is {drawn.dtype} {tuple(drawn.shape)} with steps {drawn.stride()}, expected contiguous float32 "
+            f"{shape}: batch, kv heads, slots"
+        )
+    return torch.empty(shape[0] * shape[1] * rows * shape[2])
 
 
 def place(rows: Mapping[str, Tensor], name: str) -> tuple[int, int, int]:
@@ -195,23 +228,19 @@ def _make_plan(quantizer: Quantizer, angles: Angles | None) -> _Plan:
 
 
 def _turns(angles: Angles, highest: int) -> _Turns:
-    """The tables of a rotation, long enough for position `highest`."""
+    """The tables of a rotation, long enough for position `highest`; layers that turn alike share them."""
     kept = _TURNS.get(angles)
+    if kept is not None and len(kept.coarse[0]) > highest >> 10:
+        return kept
+    same = [made for other, made in _TURNS.items() if torch.equal(other.frequency, angles.frequency)]
+    kept = max(same, key=lambda made: len(made.coarse[0]), default=None)
     if kept is None or len(kept.coarse[0]) <= highest >> 10:
         fine = angles.at(torch.arange(1024)) if kept is None else kept.fine
-        room = 2 * ((highest >> 10) + 1)
+        room = max(LEAST, 2 * ((highest >> 10) + 1))
         coarse = angles.at(torch.arange(room) * 1024)
-        kept = _TURNS[angles] = _Turns(fine, coarse, (*(x.data_ptr() for x in (*fine, *coarse)), room))
+        kept = _Turns(fine, coarse, (*(x.data_ptr() for x in (*fine, *coarse)), room))
+    _TURNS[angles] = kept
     return kept
-
-
-def _largest(positions: Tensor) -> int:
-    """The largest position; every layer of a pass asks for the same."""
-    last = _LAST[:]
-    if last[0] is None or last[0]() is not positions:
-        last = [weakref.ref(positions), int(positions.max()) if positions.numel() else 0]
-        _LAST[:] = last
-    return int(last[1])
 
 
 @lru_cache

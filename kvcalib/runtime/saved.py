@@ -36,6 +36,7 @@ class Origin(BaseModel):
     dtype: str = Field(description="Of the model's keys and values.")
     sinks: int
     recent: int
+    eviction: str | None = Field(default=None, description="Settings of eviction, None without.")
 
 
 class LayerState(BaseModel):
@@ -146,7 +147,8 @@ def restore(cache: PackedCache, path: Path, places: dict[int, Place]) -> None:
             except ValueError as error:
                 raise ValueError(f"layers[{index}]: {error}") from None
         _check_together(cache, header, tensors)
-        cache.put_positions(tensors["positions.position"].to(places[cache.tapped[0]].device))
+        if cache.in_order:
+            cache.put_positions(tensors["positions.position"].to(places[cache.tapped[0]].device))
     except ValueError as error:
         cache.reset()
         raise CorruptFile(f"{path}: {error}; save the cache again") from None
@@ -154,17 +156,17 @@ def restore(cache: PackedCache, path: Path, places: dict[int, Place]) -> None:
 
 def _check_together(cache: PackedCache, header: Header, rest: dict[str, Tensor]) -> None:
     """ValueError unless all layers hold the same rows and tokens, and nothing but positions is left of the file."""
-    if set(rest) != {"positions.position"}:
-        raise ValueError(f"beside layers it holds {sorted(rest)}, expected ['positions.position']")
+    wanted = ["positions.position"] if cache.in_order else []
+    if sorted(rest) != wanted:
+        raise ValueError(f"beside layers it holds {sorted(rest)}, expected {wanted}")
     seen = {state.seen for state in header.layers if state.kind != "empty"}
     if len(seen) != 1:
         raise ValueError(f"its layers have seen {sorted(seen)} tokens, expected one number")
     layers: list[Any] = [cache.layers[i] for i, state in enumerate(header.layers) if state.kind != "empty"]
     batches = {x.batch if isinstance(x, TapLayer) else x.keys.shape[0] for x in layers}
-    if len(batches) != 1 or rest["positions.position"].shape[0] not in (1, *batches):
-        raise ValueError(
-            f"its layers are of {sorted(batches)} rows and its positions of {rest['positions.position'].shape[0]}"
-        )
+    rows = [t.shape[0] for t in rest.values()]
+    if len(batches) != 1 or any(n not in (1, *batches) for n in rows):
+        raise ValueError(f"its layers are of {sorted(batches)} rows and its positions of {rows}")
 
 
 def check_origin(path: Path, saved: Origin, expected: Origin) -> None:
@@ -179,7 +181,7 @@ def check_origin(path: Path, saved: Origin, expected: Origin) -> None:
             f"{path}: the cache was saved with artifact {saved.artifact!r} ({saved.artifact_sha256[:12]}), this is "
             f"{expected.artifact!r} ({expected.artifact_sha256[:12]}); load that artifact, or save the cache anew"
         )
-    for name in ("dtype", "sinks", "recent"):
+    for name in ("dtype", "sinks", "recent", "eviction"):
         if getattr(saved, name) != getattr(expected, name):
             raise ArtifactMismatch(
                 f"{path}: {name} was {getattr(saved, name)!r} when the cache was saved, expected "

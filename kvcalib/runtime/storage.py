@@ -126,6 +126,22 @@ class Rows:
             self._places = {}
             self._first = 0
 
+    def replace(self, kept: dict[str, Tensor], room: int) -> None:
+        """Hold `kept [B, t, ...]`, of the names and sizes held now, in room for `room` tokens or a little more.
+
+        Memory that is about as large as that is used again.
+        """
+        count = next(iter(kept.values())).shape[1]
+        room = max(room, count)
+        for name, new in kept.items():
+            buffer = self._buffers[name]
+            if not room <= buffer.shape[1] <= room + room // self.share:
+                buffer = self._buffers[name] = buffer.new_empty(new.shape[0], room, *buffer.shape[2:])
+            buffer[:, :count] = new
+        self._places = {}
+        self._first = 0
+        self.length = count
+
     def select(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`, in that order, repeated as often as they occur."""
         # Spare room and all: beam search selects before every append.

@@ -14,7 +14,8 @@ from kvcalib.quant.quantizer import Quantizer
 class PackedView:
     """One layer of a cache. No tensor is copied: rows may be views into buffers with spare room.
 
-    Slots 0..T-1 are packed, slots T..T+w-1 are the exact recent tokens. The last dimension of every tensor is dense.
+    Slots 0..T-1 are packed, slots T..T+w-1 are the exact recent tokens. The last dimension of every tensor but
+    `positions` is dense.
 
     Attributes:
         key, value: the layer's quantizers.
@@ -22,7 +23,8 @@ class PackedView:
             (uint8 or int16) and `key.outlier_value` (fp16 or bf16), for values alike; `value.zero`, `value.scale`
             `[B, T, G]`.
         length: T.
-        positions: `[B or 1, >= T + w]` int32, position of each slot; any number where a slot is masked.
+        positions: `[B or 1, >= T + w]` int32, position of each slot, or `[B, H, >= T + w]` where heads hold different
+            tokens, of any strides; any number where a slot is masked.
         sink_key, sink_value: `[B, s, H, D]` exact tokens (keys un-rotated) that replace packed ones.
         sink_slot: `[B, s]` int32, the slot each of them replaces, -1 where unused.
         recent_key, recent_value: `[B, w, H, D]` exact tokens (keys un-rotated).
