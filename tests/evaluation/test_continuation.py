@@ -13,6 +13,7 @@ from kvcalib.runtime.eviction import Eviction
 from tests.tiny import make_artifact, tiny_llama, tokens
 
 ROWS, LENGTH, FIRST, STEP = 4, 64, 48, 5
+BUDGET = {"keep": 0.4, "recent": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def by_hand(model, artifact, row, **keep):
 
 @pytest.mark.parametrize(
     ("number", "keep"),
-    [(0, {}), (2, {"keep": 0.4, "recent": 0.1, "policy": "h2o"}), (3, {"keep": 0.4, "recent": 0.1, "policy": "window"})],
+    [(0, {}), (2, BUDGET | {"policy": "h2o"}), (3, BUDGET | {"policy": "window"})],
 )
 def test_rows_equal_passes_made_by_hand(model, artifact, ids, results, number, keep):
     found = results[number]

@@ -1,6 +1,7 @@
 """Pass keys: the prompts themselves, scores against one forward pass, retrieval against `generate`."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_prompts_hold_the_key_at_their_depth(tokenizer, needles):
         assert key not in tokenizer.decode(needle.blind)
         place = tokenizer.decode(needle.context).index(key) / len(tokenizer.decode(needle.context))
         assert abs(place - needle.depth) < 0.4
-    for shallow, deep in zip(needles, needles[1:], strict=False):
+    for shallow, deep in itertools.pairwise(needles):
         if shallow.length == deep.length:
             first, second = (tokenizer.decode(n.context).index(digits(tokenizer, n)) for n in (shallow, deep))
             assert first < second

@@ -131,7 +131,7 @@ def test_long_articles_lose_their_front(tokenizer):
 
 def test_summaries_are_what_generate_writes(model, tokenizer, artifact):
     articles = [
-        Article("The cache keeps what matters.", "the cache keeps what matters"),
+        Article("The cache keeps what matters. " * 4, "the cache keeps what matters"),
         Article("", "nothing"),
         Article("A long article about nothing much. " * 30, "long"),
     ]
