@@ -4,6 +4,7 @@
     calibration.safetensors     `kvcalib fisher`
     codebooks.safetensors       `kvcalib fit-nuq`
     friendliness.json           `kvcalib friendliness`
+    friendliness.svg            its plot
     allocation.safetensors      `kvcalib allocate`
     allocation.svg              its plot
     kl.jsonl                    measurements of `kvcalib allocate --method kl`, one a line
@@ -26,7 +27,8 @@ from kvcalib.model.identity import hash_json
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
 CALIBRATION, PARTIAL, CODEBOOKS = "calibration.safetensors", "calibration.partial.safetensors", "codebooks.safetensors"
-FRIENDLINESS, ALLOCATION = "friendliness.json", "allocation.safetensors"
+FRIENDLINESS, FRIENDLINESS_PLOT = "friendliness.json", "friendliness.svg"
+ALLOCATION = "allocation.safetensors"
 ALLOCATION_PLOT, KL_MEASURES = "allocation.svg", "kl.jsonl"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,10 +78,20 @@ class TensorSpec(Record):
 
 
 class Friendliness(Record):
-    """Relative quantization error of one layer's tokens: mean of |x - x^| / |x| over tokens and heads."""
+    """How one layer's tokens survive being stored, and what eviction should make of it.
 
-    key_error: float = Field(ge=0)
-    value_error: float = Field(ge=0)
+    Relative errors are means of |x - x^| / |x| over sampled tokens; fields that are None are not written.
+    """
+
+    key_error: float = Field(ge=0, description="Mean over heads.")
+    value_error: float = Field(ge=0, description="Mean over heads.")
+    key_by_head: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, description="Of each KV head.")
+    value_by_head: list[Annotated[float, Field(ge=0)]] | None = Field(default=None, description="Of each KV head.")
+    overlap: float | None = Field(
+        default=None, ge=0, le=1, description="Share of heavy hitters that quantized keys find too."
+    )
+    alpha: float | None = Field(default=None, ge=0, le=1, description="Weight of attention in the eviction score.")
+    share: float | None = Field(default=None, gt=0, description="The layer's token budget over the mean one.")
 
 
 class LayerSpec(Record):
@@ -134,6 +144,9 @@ class Manifest(Record):
     def encode(self) -> bytes:
         """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
         body = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)
+        for layer in body["layers"]:
+            if layer["friendliness"] is not None:
+                layer["friendliness"] = {n: v for n, v in layer["friendliness"].items() if v is not None}
         return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvcalib.calibration.attention import BlockAttention, drawn_attention
+from kvcalib.calibration.attention import BlockAttention, Drawn, drawn_attention
 from kvcalib.calibration.sample import choose, sequence_id, token_hash
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerShape, norm_histogram
 from kvcalib.errors import NonFiniteActivations
@@ -81,7 +81,8 @@ class _Collector:
         query, key = call.rotate_new(call.query), call.rotate_new(call.key)
         drawn = None
         if _is_plain(call):
-            out, *drawn = BlockAttention.apply(query, key, call.value, call.scaling, self.window)
+            out, *tensors = BlockAttention.apply(query, key, call.value, call.scaling, self.window)
+            drawn = Drawn(*tensors)
         # Gradient checkpointing runs the forward pass twice.
         if layer not in self.seen:
             self.seen.add(layer)
@@ -96,10 +97,10 @@ class _Collector:
                         call.kwargs.get("s_aux"),
                         self.sliding[layer],
                     )
-                self._forward(call, *drawn)
+                self._forward(call, drawn)
         return (out.transpose(1, 2), None) if _is_plain(call) else call.plain(query, key, call.value)
 
-    def _forward(self, call: Call, total_drawn: Tensor, peak: Tensor, late: Tensor) -> None:
+    def _forward(self, call: Call, drawn: Drawn) -> None:
         layer = call.tap.layer
         if layer not in self.shapes:
             self.shapes[layer] = _shape(call, self.sliding[layer])
@@ -115,11 +116,25 @@ class _Collector:
         self._add(f"layers.{layer}.query.outer", (grouped.transpose(2, 3) @ grouped).double().sum(0))
         squared = raw.square().sum(-1).transpose(0, 1).flatten(1)
         self._add(f"layers.{layer}.query.norm_histogram", norm_histogram(squared))
-        self._add(f"layers.{layer}.attention.peak_sum", peak.sum((0, 2), dtype=torch.float64))
-        self._add(f"layers.{layer}.attention.peak_square_sum", peak.square().sum((0, 2), dtype=torch.float64))
-        self._keep(f"layers.{layer}.sample.attention_sum", total_drawn.transpose(1, 2))
-        self._keep(f"layers.{layer}.sample.attention_peak", peak.transpose(1, 2))
-        self._keep(f"layers.{layer}.sample.attention_late", late.transpose(1, 2))
+        self._add(f"layers.{layer}.attention.peak_sum", drawn.peak.sum((0, 2), dtype=torch.float64))
+        self._add(f"layers.{layer}.attention.peak_square_sum", drawn.peak.square().sum((0, 2), dtype=torch.float64))
+        self._keep(f"layers.{layer}.sample.attention_sum", drawn.total.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_peak", drawn.peak.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_late", drawn.late.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_early", drawn.early.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.attention_later_square", drawn.square.transpose(1, 2))
+        self.put(f"layers.{layer}.sample.attention_slope", self._turned_back(call, drawn.slope), self.filled)
+
+    def _turned_back(self, call: Call, slope: Tensor) -> Tensor:
+        """The sampled tokens' `slope [B, H, T, D]` with respect to the un-rotated key, `[n, H, D]` bfloat16."""
+        row, token = self.row.to(slope.device), self.token.to(slope.device)
+        kept = slope[row, :, token]
+        cos, sin = call.tap.cos, call.tap.sin
+        if cos is not None and sin is not None:
+            angles = (x.float().expand(slope.shape[0], -1, -1)[row, token][:, None] for x in (cos, sin.neg()))
+            # The transpose of a rotation is the rotation the other way.
+            kept = call.tap.rotation.apply(kept[:, :, None], *angles)[:, :, 0]
+        return kept.to(torch.bfloat16)
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
         fisher = gradient.detach().float().square()

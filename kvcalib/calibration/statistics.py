@@ -12,6 +12,10 @@ heads, n kept tokens):
     layers.i.sample.attention_sum, .attention_peak      [n, H]   attention drawn from all later queries; its maximum
                                                         over the first `window` queries
     layers.i.sample.attention_late                      [n, H]   mean over the later half of these queries
+    layers.i.sample.attention_early                     [n, H]   drawn from the queries of the sequence's first half
+    layers.i.sample.attention_slope                     [n, H, D]  bfloat16, gradient of attention_early with respect
+                                                        to the token's own key
+    layers.i.sample.attention_later_square              [n, H]   sum of squared weights, queries of the second half
     sample.hash, sample.sequence, sample.position       [n]
 
 All queries and keys are un-rotated.
@@ -33,9 +37,10 @@ from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.model.identity import ModelIdentity, hash_json
 
-VERSION = 3
-READABLE = (2, VERSION)
-"""Versions that `load` reads; files of version 2 lack `LayerShape.scaling`, which only QAQ needs."""
+VERSION = 4
+READABLE = (2, 3, VERSION)
+"""Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
+4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 

@@ -226,13 +226,14 @@ def fit_nuq(
 
 @app.command()
 def friendliness(run: RunArgument) -> None:
-    """Relative quantization error of each layer's tokens."""
+    """How each layer's tokens survive storage, and what eviction should make of it: table and plot."""
     with errors():
         from kvcalib.rundir import RunDir
         from kvcalib.stages import friendliness as stage
 
         stage.run(RunDir(run))
         print_friendliness(run)
+        print_path("plot", run / "friendliness.svg")
 
 
 @app.command()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvcalib.stages.allocate import Allocation, Widths
     from kvcalib.stages.check import Checked
 
+WIDEST_BY_HEAD = 4
+"""Heads of a layer up to which a table shows each."""
+
 
 def print_allocation(found: Allocation, chosen: Widths) -> None:
     """Widths, outliers and predicted loss by layer; the plans that were measured; what the plan comes to."""
@@ -143,18 +146,54 @@ def print_path(what: str, path: Path) -> None:
 
 
 def print_friendliness(run: Path) -> None:
-    """Friendliness by layer and width, as the stage wrote it into a run."""
+    """Friendliness by layer and width, and what the chosen widths mean for eviction, as the stage wrote it."""
     from kvcalib.files import read_json
     from kvcalib.rundir import FRIENDLINESS
 
+    found = read_json(run / FRIENDLINESS)
     table = Table(title="friendliness: 1 - mean relative error of a layer's keys and values")
-    layers = read_json(run / FRIENDLINESS)["layers"]
+    layers = found["layers"]
     table.add_column("layer", justify="right")
     for bits in layers[0]["bits"]:
         table.add_column(f"{bits} bit", justify="right")
     for layer in layers:
         table.add_row(str(layer["index"]), *(f"{v['friendliness']:.3f}" for v in layer["bits"].values()))
     out_console.print(table)
+    _print_selection(found)
+
+
+def _print_selection(found: dict[str, Any]) -> None:
+    """One row per layer at the chosen widths."""
+    key_bits, value_bits = found["chosen"]
+    by_head = len(found["layers"][0]["chosen"]["key"]["by_head"]) <= WIDEST_BY_HEAD
+    known = found["layers"][0]["chosen"]["selection"] is not None
+    table = Table(title=f"keys {key_bits} bit, values {value_bits} bit, and choosing tokens")
+    heads = ["by head"] if by_head else []
+    for column in ("layer", "keys", *heads, "values", *heads):
+        table.add_column(column, justify="right")
+    for column in ("overlap", "error\nheavy", "error\nothers", "alpha", "share") if known else ():
+        table.add_column(column, justify="right")
+    for layer in found["layers"]:
+        figures, cells = layer["chosen"], []
+        for role in ("key", "value"):
+            cells.append(f"{1 - figures[role]['error']:.3f}")
+            if by_head:
+                cells.append(" ".join(f"{1 - e:.3f}" for e in figures[role]["by_head"]))
+        chosen = figures["selection"]
+        if chosen is not None:
+            cells += [f"{chosen[name]:.3f}" for name in ("overlap", "heavy_error", "other_error", "alpha")]
+            cells.append(f"{chosen['share']:.2f}")
+        table.add_row(str(layer["index"]), *cells)
+    out_console.print(table)
+    out_console.print(
+        "overlap: heavy hitters (top 20 % by mean attention) that quantized keys find too; alpha, share: weight of "
+        "attention and part of the token budget for eviction"
+        if known
+        else "no overlap, alpha and share: the calibration is of an older version, or keeps too few tokens of each "
+        "sequence; run `kvcalib fisher` again with --overwrite, or with more --keep-tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_evaluations(results: list[Evaluation]) -> None:

@@ -38,10 +38,10 @@ def attend_packed(
     path = paths.reading(call.query, view, angles)
     if path == "native":
         assert angles is not None
-        extra = {} if drawn is None else {"drawn": drawn, "decay": decay}
         return native.native_attention(
-            call.query, view, angles, call.mask, call.scaling, softcap, sink_logits, rotate=True, **extra
-        )
+            call.query, view, angles, call.mask, call.scaling, softcap, sink_logits, rotate=True, drawn=drawn,
+            decay=decay,
+        )  # fmt: skip
     if own:
         last = view.positions if view.positions.ndim == 2 else view.positions[:, 0]
         query = call.rotate_at(call.query, last[:, view.total - call.query.shape[2] : view.total].clamp(min=0))

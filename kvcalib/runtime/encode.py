@@ -23,7 +23,7 @@ from kvcalib.runtime.native_loops import PLACE, pointer
 MOST_TOKENS = 64
 FEW = 16
 """Outliers per group up to which the extremes are found by insertion, without sorting the token."""
-DYNAMIC = ("x", "batch", "tokens", "bfloat",
+DYNAMIC = ("x", "batch", "tokens", "bfloat", "heads", "copies", "residue",
            *(f"{name}{part}" for name in ("words", "index", "exact", "zero", "level") for part in PLACE))  # fmt: skip
 TABLES = ("relative", "count", "width", "groups", "elements", "centroids", "step", "middle", "levels", "fields",
           "planes", "weight", "short")  # fmt: skip
@@ -34,20 +34,54 @@ _TABLES: WeakKeyDictionary[Quantizer, tuple[list[int], set[str], tuple[Tensor, .
 
 
 def store(
-    quantizer: Quantizer, x: Tensor, exact_dtype: torch.dtype, rows: Mapping[str, Tensor], role: str = ""
+    quantizer: Quantizer,
+    x: Tensor,
+    exact_dtype: torch.dtype,
+    rows: Mapping[str, Tensor],
+    role: str = "",
+    residue: Tensor | None = None,
 ) -> None:
     """Write the rows of new tokens `x [B, t, H, D]` to `rows`, whose names are those of `Quantizer.row_spec`.
 
+    Zero and scale of scope "token", without outliers, may go to rows that have one for each head: all get the same.
+
     Args:
         role: what stands before the names, "key." or "value.".
+        residue: overwritten with the squared error of what was stored, `|x - decode(rows)|^2`, and with `|x|^2`, per
+            token and head: float32 `[B, t, H, 2]`, contiguous.
+
+    Raises:
+        ValueError: `residue` has another shape or type or is not contiguous; rows of zero and scale fit neither scope.
     """
     tables, names, _ = _tables(quantizer)
     flat = x.detach().float().contiguous()
-    numbers = [flat.data_ptr(), x.shape[0], x.shape[1], int(exact_dtype == torch.bfloat16)]
+    heads = x.shape[2]
+    copies = _copies(quantizer, rows[f"{role}zero"].shape[-1]) if "zero" in names else 1
+    if residue is not None and (
+        residue.shape != (*x.shape[:3], 2) or residue.dtype != torch.float32 or not residue.is_contiguous()
+    ):
+        raise ValueError(
+            f"residue is {residue.dtype} {tuple(residue.shape)} with steps {residue.stride()}, expected contiguous "
+            f"float32 {(*x.shape[:3], 2)}: batch, tokens, kv heads, error and norm"
+        )
+    numbers = [flat.data_ptr(), x.shape[0], x.shape[1], int(exact_dtype == torch.bfloat16), heads, copies,
+               0 if residue is None else residue.data_ptr()]  # fmt: skip
     for name in _NAMES.values():
         numbers += place(rows, role + name) if name in names else (0, 0, 0)
     call = array("q", numbers + tables)
     _store(call.buffer_info()[0])
+
+
+def _copies(quantizer: Quantizer, groups: int) -> int:
+    """How often each zero and scale is written where the rows have `groups` of them for a token."""
+    if groups == quantizer.groups:
+        return 1
+    if groups == quantizer.layout.widths.shape[0] and not quantizer.outliers:
+        return groups
+    raise ValueError(
+        f"rows have {groups} zeros and scales for a token, the quantizer of scope {quantizer.scope!r} with "
+        f"{quantizer.outliers} outliers has {quantizer.groups}; one for each head is taken too, without outliers"
+    )
 
 
 def _tables(quantizer: Quantizer) -> tuple[list[int], set[str], tuple[Tensor, ...]]:
@@ -145,7 +179,9 @@ def _store(address: Any) -> None:
     exact, zeros, levels = _halves(call.exact), _halves(call.zero), _halves(call.level)
     error, chosen = np.empty(elements, np.float32), np.empty(max(1, count), np.int64)
     first, last = np.empty(count + 1, np.int64), np.empty(count + 1, np.int64)
-    size = elements - count
+    left, size = np.empty(elements, np.float32), elements - count
+    heads, dim = call.heads // groups, channels // call.heads
+    residue = numba.carray(pointer(call.residue), (call.batch, call.tokens, call.heads, 2), dtype=np.float32)
     for b in range(call.batch):
         for t in range(call.tokens):
             row = words[b * call.words_row + t * call.words_token :]
@@ -153,7 +189,7 @@ def _store(address: Any) -> None:
                 row[w] = np.uint32(0)
             for group in range(groups):
                 part = x[b, t, group]
-                zero, scale = np.float32(0.0), np.float32(1.0)
+                zero, scale, step = np.float32(0.0), np.float32(1.0), np.float32(1.0)
                 if call.relative:
                     # The narrowest range of all but `count` elements, as `outliers.shortest_window`.
                     if count <= FEW:
@@ -171,10 +207,11 @@ def _store(address: Any) -> None:
                         chosen[i] = first[i] if i < begin else last[i + 1]
                     middle_bits = _narrow((low + high) / np.float32(2.0), bfloat)
                     scale_bits = _narrow((high - low) / np.float32(2.0), bfloat)
-                    zeros[b * call.zero_row + t * call.zero_token + group] = middle_bits
-                    levels[b * call.level_row + t * call.level_token + group] = scale_bits
-                    zero, scale = _widen(middle_bits, bfloat), _widen(scale_bits, bfloat)
-                    scale = scale if scale > 0 else np.float32(1.0)
+                    for copy in range(call.copies):
+                        zeros[b * call.zero_row + t * call.zero_token + group + copy] = middle_bits
+                        levels[b * call.level_row + t * call.level_token + group + copy] = scale_bits
+                    zero, step = _widen(middle_bits, bfloat), _widen(scale_bits, bfloat)
+                    scale = step if step > 0 else np.float32(1.0)
                 for e in range(elements):
                     c = group * elements + e
                     value = (part[e] - zero) / scale if call.relative else part[e]
@@ -185,6 +222,7 @@ def _store(address: Any) -> None:
                             lower = half + 1
                         else:
                             upper = half
+                    left[e] = part[e] - (zero + step * centroids[c, lower])
                     error[e] = value - centroids[c, lower]
                     error[e] = error[e] * error[e] * weight[c]
                     for plane in range(call.planes):
@@ -211,4 +249,14 @@ def _store(address: Any) -> None:
                         else:
                             long = numba.carray(pointer(call.index), 1 << 40, dtype=np.int16)
                             long[to_index + i] = np.int16(chosen[i])
-                        exact[to_exact + i] = _narrow(part[chosen[i]], bfloat)
+                        bits = _narrow(part[chosen[i]], bfloat)
+                        exact[to_exact + i] = bits
+                        left[chosen[i]] = part[chosen[i]] - _widen(bits, bfloat)
+                if call.residue:
+                    for h in range(heads):
+                        wrong, norm = np.float64(0.0), np.float64(0.0)
+                        for e in range(h * dim, (h + 1) * dim):
+                            wrong += np.float64(left[e]) * np.float64(left[e])
+                            norm += np.float64(part[e]) * np.float64(part[e])
+                        residue[b, t, group * heads + h, 0] = wrong
+                        residue[b, t, group * heads + h, 1] = norm

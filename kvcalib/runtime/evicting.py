@@ -13,6 +13,7 @@ tokens has come, in a prompt too, at the same tokens however the prompt is cut.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from kvcalib.runtime.layers import ROLES, PackedLayer, with_exact
 from kvcalib.runtime.policies import Held
 from kvcalib.runtime.storage import Rows
 
+BYTE = 255
+"""What a trait of 1 is in a byte."""
 DECODING = 16
 """Tokens of a pass up to which it counts as decoding (one token, or a few drafted ones) and not as a prompt's."""
 
@@ -65,10 +68,11 @@ class EvictingLayer(PackedLayer):
                 "per is 'head', but the artifact ranks outliers over all heads of a token, so heads cannot keep tokens "
                 "of their own; fit with --value-scale head or without outliers, or take per='layer'"
             )
-        self._owned: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor] = {}
         self.by_head = splits and eviction.per != "layer" and len(key.layout.widths) > 1
-        if self.by_head:
-            key, value = heads.apart(key), heads.apart(value)
+        # A layer that goes by attention alone need not remember how well its tokens quantize.
+        unweighted = eviction.rule.weighted and (alpha if eviction.alpha is None else eviction.alpha) == 1
+        self.traits = 0 if unweighted else eviction.rule.traits
         self.readers = {"key": key, "value": heads.reader(value) if self.by_head else value}
         super().__init__(key, value, sinks, recent)
 
@@ -214,10 +218,10 @@ class EvictingLayer(PackedLayer):
 
     def _traits(self, shape: torch.Size) -> Tensor:
         """`[B, Hp, S, n]` float32; zeros for tokens in the exact window, which stay anyway."""
-        wanted = self.eviction.rule.traits
-        made = torch.zeros(*shape, wanted, device=self.device)
-        if wanted and self.packed.length:
-            made[:, :, : self.packed.length] = self.packed.read(0, self.packed.length)["trait"].float().transpose(1, 2)
+        made = torch.zeros(*shape, self.eviction.rule.traits, device=self.device)
+        if self.traits and self.packed.length:
+            held = self.packed.read(0, self.packed.length)["trait"].transpose(1, 2)
+            made[:, :, : self.packed.length] = held.float() / (BYTE if held.dtype == torch.uint8 else 1)
         return made
 
     def _keep(self, stay: Tensor) -> None:
@@ -229,27 +233,25 @@ class EvictingLayer(PackedLayer):
         order = torch.where(stay, torch.arange(stay.shape[2], device=stay.device), -1).sort(-1).values[..., -slots:]
         used, index = order >= 0, order.clamp(min=0)
         room = self._room(slots)
-        marks = {n: _moved(t, index, None) for n, t in self.marks.read(0, self.slots).items()}
+        marks = {n: heads.moved(t, index) for n, t in self.marks.read(0, self.slots).items()}
         marks["position"].masked_fill_(~used.transpose(1, 2), -1)
         self.marks.replace(marks, room)
         # Tokens of the exact window always stay; what is left of the order are packed ones.
         packed = index[..., : slots - window]
         rows = self.packed.read(0, self.packed.length)
         if self.packed.length:
-            self.packed.replace({n: _moved(t, packed, self._owners(n, t)) for n, t in rows.items()}, room - window)
+            self.packed.replace({n: self._moved(n, t, packed) for n, t in rows.items()}, room - window)
         if self.sink:
             rank = torch.arange(self.sinks, device=stay.device) + (slots - counts)[:, None]
             self.sink["slot"] = torch.where(self.sink["slot"] >= 0, rank, -1).int()
 
-    def _owners(self, name: str, tensor: Tensor) -> Tensor | None:
-        """The head of each element of a token in a packed tensor; None where all heads hold the same tokens."""
-        if not self.by_head or name == "trait":
-            return None
-        if name not in self._owned:
-            role, part = name.split(".")
-            size = tensor[0, 0].numel()
-            self._owned[name] = heads.owners(self.readers[role], part, size).to(tensor.device)
-        return self._owned[name]
+    def _moved(self, name: str, tensor: Tensor, index: Tensor) -> Tensor:
+        role, _, part = name.partition(".")
+        if not self.by_head or part != "words":
+            return heads.moved(tensor, index)
+        if role not in self._bits:
+            self._bits[role] = heads.bits(self.quantizers[role]).to(tensor.device)
+        return heads.moved_words(tensor, index, self._bits[role].to(tensor.device))
 
     def _room(self, slots: int) -> int:
         """Slots to have memory for: what the layer may hold until the next eviction."""
@@ -257,9 +259,10 @@ class EvictingLayer(PackedLayer):
             return max(slots, self.eviction.budget(0, self.share))
         if not self.eviction.rule.grows:
             return max(slots, self.eviction.budget(max(self.based), self.share))
-        most = self.eviction.budget(max(self.counted), self.share)
-        spare = max(DECODING, int(most * self.eviction.rule.every))
-        return max(slots, self.eviction.budget(max(self.counted) + 2 * spare, self.share))
+        # One token at a time fills what is spare now and what the budget grows by meanwhile.
+        seen, grown = max(self.counted), min(1.0, self.eviction.keep * self.share)
+        spare = max(1, self.eviction.budget(seen, self.share) - slots)
+        return max(slots, self.eviction.budget(seen + math.ceil(spare / max(1 - grown, 0.1)), self.share))
 
     @property
     def slots(self) -> int:
@@ -293,12 +296,12 @@ class EvictingLayer(PackedLayer):
         if self.by_head:
             for name in ("value.zero", "value.scale"):
                 spec[name] = ((across,), exact)
-        if rule.traits:
-            spec["trait"] = ((across, rule.traits), rule.trait_dtype)
+        if self.traits:
+            spec["trait"] = ((across, self.traits), rule.trait_dtype)
         return spec
 
     def _residues(self, key: Tensor) -> dict[str, Tensor]:
-        if not self.eviction.rule.traits:
+        if not self.traits:
             return {}
         return {role: torch.empty(*key.shape[:3], 2, device=key.device) for role in ROLES}
 
@@ -306,7 +309,8 @@ class EvictingLayer(PackedLayer):
         if not self.by_head:
             # The token's over all heads: squares add up.
             residues = {role: r.sum(2, keepdim=True) for role, r in residues.items()}
-        rows["trait"].copy_(self.eviction.rule.observe(residues["key"], residues["value"]))
+        noted = self.eviction.rule.observe(residues["key"], residues["value"])
+        rows["trait"].copy_((noted * BYTE).round() if rows["trait"].dtype == torch.uint8 else noted)
 
     # How they are read.
 
@@ -366,7 +370,7 @@ class EvictingLayer(PackedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, those of them that are still here. What left before them stays gone."""
         before = self.seen
-        self._crop_to(tokens_to_remove, self.slots)
+        self._crop_to(tokens_to_remove, self.seen)
         removed = before - self.seen
         if not removed or not self.slots:
             return
@@ -382,10 +386,12 @@ class EvictingLayer(PackedLayer):
         staying = ((marks >= 0) & (marks <= newest - removed))[..., : self.slots - exact]
         self._cut(exact)
         if not alike:
-            # Heads have lost different numbers of the others: all keep as many as the one that has the fewest left.
-            least = staying.sum(-1).amin(1)
-            rank = staying.flip(-1).cumsum(-1).flip(-1)
-            self._keep(staying & (rank <= least[:, None, None]))
+            # Heads have lost different numbers of the others: all keep as many as the one that has the fewest left, the
+            # sinks and the newest of them.
+            least = staying.sum(-1).amin(1)[:, None, None]
+            sinks = least.clamp(max=max(self.eviction.rule.sinks, self.sinks))
+            newer = staying.flip(-1).cumsum(-1).flip(-1)
+            self._keep(staying & ((staying.cumsum(-1) <= sinks) | (newer <= least - sinks)))
 
     def _cut(self, count: int) -> None:
         """Take the last `count` slots off."""
@@ -449,17 +455,3 @@ class EvictingLayer(PackedLayer):
         """Positions of the tokens held, int32 `[B, H, S]`, -1 where a slot is unused; a copy."""
         position = self.marks.read(0, self.slots)["position"].transpose(1, 2)
         return position.expand(-1, len(self.quantizers["key"].layout.widths), -1).clone()
-
-
-def _moved(tensor: Tensor, index: Tensor, owner: Tensor | None) -> Tensor:
-    """Tokens `index [B, Hp, n]` of `tensor [B, S, ...]`: `[B, n, ...]`.
-
-    Args:
-        owner: which head's index each element of a token follows; None: the only one, or dimension 2 is the head.
-    """
-    if owner is None and index.shape[1] > 1:
-        wide = index.transpose(1, 2).reshape(*index.transpose(1, 2).shape, *[1] * (tensor.ndim - 3))
-        return tensor.gather(1, wide.expand(-1, -1, -1, *tensor.shape[3:]))
-    flat = tensor.flatten(2)
-    chosen = index[:, :1].expand(-1, flat.shape[2], -1) if owner is None else index[:, owner]
-    return flat.gather(1, chosen.transpose(1, 2)).view(*chosen.shape[::2], *tensor.shape[2:])

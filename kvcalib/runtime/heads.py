@@ -1,8 +1,8 @@
-"""Quantizers whose heads stand alone: every head's part of a row can be moved without the others.
+"""Rows whose heads are moved one by one: what belongs to which head in a token's row.
 
-What that takes: words of its own for each head, ranks of outliers within a head, and a zero and scale for each head. An
-artifact may have been built otherwise, because that is smaller. Words can be laid out anew, and where nothing is kept
-exact by rank a token's one zero and scale can be stored once per head; ranks over all heads of a token cannot be split.
+That takes ranks of outliers within a head, and a zero and scale for each head. Where nothing is kept exact by rank, a
+token's one zero and scale can be stored once per head; ranks over all heads of a token cannot be split. Words that two
+heads share are no obstacle: each head's bits are known.
 """
 
 from __future__ import annotations
@@ -12,29 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvcalib.quant.packing import Layout
+from kvcalib.quant.packing import PLANES
 from kvcalib.quant.quantizer import Quantizer
 
 
 def separable(quantizer: Quantizer) -> bool:
-    """Whether `apart` can make heads stand alone."""
+    """Whether each head's part of a row can be moved without the others."""
     return quantizer.scope == "head" or not quantizer.outliers
-
-
-def apart(quantizer: Quantizer) -> Quantizer:
-    """The same codebooks and widths, each head's words a segment of its own; encodes the same codes.
-
-    Raises:
-        ValueError: not `separable`.
-    """
-    if not separable(quantizer):
-        raise ValueError("outliers are ranked over all heads of a token")
-    layout = quantizer.layout
-    if layout.segment == "head":
-        return quantizer
-    first = layout.word[0].long() * 32 + layout.shift[0].long()
-    order = torch.where(layout.word[0] < 0, torch.iinfo(torch.int64).max, first).argsort(dim=-1, stable=True)
-    return replace(quantizer, layout=Layout.build(layout.widths, "head", order))
 
 
 def reader(quantizer: Quantizer) -> Quantizer:
@@ -42,13 +26,36 @@ def reader(quantizer: Quantizer) -> Quantizer:
     return replace(quantizer, scope="head") if quantizer.relative and quantizer.scope == "token" else quantizer
 
 
-def owners(quantizer: Quantizer, name: str, size: int) -> Tensor:
-    """Which head each of the `size` elements of a token's stored tensor `name` belongs to, int64."""
-    heads = quantizer.layout.widths.shape[0]
-    if name != "words":
-        return torch.arange(heads).repeat_interleave(size // heads)
-    found = torch.zeros(size, dtype=torch.int64)
-    for head in range(heads):
-        used = quantizer.layout.word[:, head]
-        found[used[used >= 0].long().unique()] = head
-    return found
+def bits(quantizer: Quantizer) -> Tensor:
+    """The bits of each word that carry a head's codes: int32 `[H, W]`."""
+    layout = quantizer.layout
+    found = torch.zeros(len(layout.widths), layout.words, dtype=torch.int64)
+    for head, channel in torch.cartesian_prod(*(torch.arange(n) for n in layout.widths.shape)).tolist():
+        for plane, size in enumerate(PLANES[int(layout.widths[head, channel])]):
+            word, shift = int(layout.word[plane, head, channel]), int(layout.shift[plane, head, channel])
+            found[head, word] |= ((1 << size) - 1) << shift
+    # As signed numbers, which words are.
+    return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+
+
+def moved(tensor: Tensor, index: Tensor) -> Tensor:
+    """Tokens `index [B, Hp, n]` of `tensor [B, S, Hp, ...]` (Hp > 1: each head its own), or, with Hp = 1, of
+    `[B, S, ...]`: `[B, n, ...]`.
+    """  # fmt: skip
+    order = index.transpose(1, 2)
+    if index.shape[1] == 1:
+        flat = tensor.flatten(2)
+        return flat.gather(1, order.expand(-1, -1, flat.shape[2])).view(*order.shape[:2], *tensor.shape[2:])
+    flat = tensor.flatten(3) if tensor.ndim > 3 else tensor[..., None]
+    chosen = flat.gather(1, order[..., None].expand(-1, -1, -1, flat.shape[3]))
+    return chosen.view(*order.shape[:2], *tensor.shape[2:])
+
+
+def moved_words(words: Tensor, index: Tensor, masks: Tensor) -> Tensor:
+    """Tokens `index [B, H, n]`, each head its own, of `words [B, S, W]`; `masks` as `bits` gives them."""
+    made = torch.zeros(words.shape[0], index.shape[2], words.shape[2], dtype=words.dtype, device=words.device)
+    for head, mask in enumerate(masks):
+        columns = mask.nonzero()[:, 0]
+        mine = words[..., columns].gather(1, index[:, head, :, None].expand(-1, -1, len(columns)))
+        made[..., columns] |= mine & mask[columns]
+    return made

@@ -162,8 +162,7 @@ def _turn_four(_: Any, flat: Any, cos: Any, sin: Any, place: Any, p: Any, t: Any
     """Rotate pairs p..p+3 of tokens t..t+15 of `flat [D * 64]` in place; token t's pair p turns by `cos[place[t] + p]`.
 
     Tables have a token's pairs side by side, the tile a pair's tokens: four loads of four pairs fill a register, and
-    the 4 x 4 squares of four registers are transposed within their quarters, two permutations each. A gather of 16, or
-    a scalar copy of the tables into the tile's order, takes several times as long.
+    the 4 x 4 squares of four registers are transposed within their quarters, two permutations each.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -196,12 +195,13 @@ def _turn_four(_: Any, flat: Any, cos: Any, sin: Any, place: Any, p: Any, t: Any
             for j in range(4):
                 four = [load(table, starts[4 * i + j], quads) for i in range(4)]
                 halves = [pick(four[i], four[i + 1], list(range(8))) for i in (0, 2)]
-                rows.append(pick(*halves, list(range(16))))
+                rows.append(pick(halves[0], halves[1], list(range(16))))
             low = [in_quarters(rows[i], rows[i + 1], (0, 4, 1, 5)) for i in (0, 2)]
             high = [in_quarters(rows[i], rows[i + 1], (2, 6, 3, 7)) for i in (0, 2)]
-            turns.append(
-                [in_quarters(*pair, chosen) for pair in (low, high) for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))]
-            )
+            made = []
+            for a, b in (low, high):
+                made += [in_quarters(a, b, chosen) for chosen in ((0, 1, 4, 5), (2, 3, 6, 7))]
+            turns.append(made)
         fast = ("contract",)
         for r in range(4):
             row = builder.mul(builder.add(p, ir.Constant(wide, r)), ir.Constant(wide, 2 * TILE))
@@ -236,7 +236,7 @@ def turn_keys_by(flat: Any, cos: Any, sin: Any, place: Any, dim: Any) -> None:
 def _add_angles(_: Any, angles: Any, b: Any, a: Any, cos: Any, sin: Any, at: Any) -> Any:
     """Eight cosines and sines, from `at` on, of angles that `fine` has from `b` on and `coarse` from `a` on.
 
-    Written in LLVM's terms, since the compiler does not see that the six arrays do not overlap.
+    Written in LLVM's terms: a loop over the six arrays, which may overlap for all that it knows, took longer.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

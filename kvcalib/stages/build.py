@@ -11,7 +11,6 @@ from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.manifest import (
     Budget,
-    Friendliness,
     LayerSpec,
     Manifest,
     Producer,
@@ -27,7 +26,7 @@ from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Options, Role, predicted_total
-from kvcalib.stages.friendliness import layer_error
+from kvcalib.stages.friendliness import measure
 
 
 def run(
@@ -62,24 +61,26 @@ def run(
     tensors: dict[str, Tensor] = {}
     layers = []
     exact = {layer for (layer, _), w in (widths or {}).items() if is_exact(w)}
-    for layer in codebooks.layers:
-        if layer in exact:
-            continue
+    chosen_of: dict[int, dict[Role, int | Tensor]] = {
+        layer: {role: (widths or {}).get((layer, role), bits[role]) for role in ROLES}
+        for layer in codebooks.layers
+        if layer not in exact
+    }
+    friendliness = {figures.index: figures.manifest() for figures in measure(codebooks, calibration, chosen_of)}
+    for layer, chosen in chosen_of.items():
         specs = {}
         shape = next(s for s in calibration.info.layers if s.index == layer)
         pairs: dict[Role, Tensor | None] = {"key": torch.tensor(rope_pairs(shape.partner)), "value": None}
-        chosen = {role: (widths or {}).get((layer, role), bits[role]) for role in ROLES}
         for role in ROLES:
             quantizer = codebooks.quantizer(layer, role, chosen[role])
             specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, chosen[role]), pairs[role])
             tensors.update(quantizer_tensors(quantizer, f"layers.{layer}.{role}"))
-        key_error, value_error = (layer_error(codebooks, calibration, layer, role, chosen[role]) for role in ROLES)
         layers.append(
             LayerSpec(
                 index=layer,
                 key=specs["key"],
                 value=specs["value"],
-                friendliness=Friendliness(key_error=key_error, value_error=value_error),
+                friendliness=friendliness[layer],
                 sliding=shape.sliding,
             )
         )

@@ -114,7 +114,8 @@ def test_sums_moments_and_attention_of_the_sample(llama):
 def test_windowed_maximum_and_late_attention_equal_a_loop():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 4, 300, 8, generator=generator), torch.randn(1, 2, 300, 8, generator=generator)
-    _, peak, late = drawn_attention(q, k, 0.4, 5)
+    drawn = drawn_attention(q, k, 0.4, 5)
+    peak, late = drawn.peak, drawn.late
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1)) * 0.4
     causal = torch.arange(300)[None] > torch.arange(300)[:, None]
     weights = scores.masked_fill(causal, -torch.inf).softmax(-1)[0].view(2, 2, 300, 300)
@@ -122,6 +123,60 @@ def test_windowed_maximum_and_late_attention_equal_a_loop():
         assert torch.allclose(peak[0, :, t], weights[:, :, t : t + 5, t].amax((1, 2)), atol=1e-6)
         expected = weights[:, :, t + 2 : t + 5, t].mean(1).sum(1) / 3
         assert torch.allclose(late[0, :, t], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("length", [9, 150, 513])
+def test_early_attention_and_its_slope_equal_autograd(length, softcap):
+    """Each token's early attention is differentiated by its own key; lengths whose middle lies within a block."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, length, 8, generator=generator), torch.randn(2, 2, length, 8, generator=generator)
+    drawn = drawn_attention(q, k, 0.7, 5, softcap)
+    half = length // 2
+    for t in {0, 1, half // 2, half - 1, half, length - 1}:
+        own = k[:, :, t].clone().requires_grad_(True)
+        keys = torch.cat([k[:, :, :t], own[:, :, None], k[:, :, t + 1 :]], 2).repeat_interleave(2, 1)
+        scores = q @ keys.mT * 0.7
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+        early = scores.masked_fill(causal, -torch.inf).softmax(-1)[:, :, :half, t].unflatten(1, (2, 2)).sum((2, 3))
+        assert torch.allclose(drawn.early[:, :, t], early, atol=1e-5)
+        early.sum().backward()
+        assert torch.allclose(drawn.slope[:, :, t], own.grad, atol=1e-5), t
+
+
+@pytest.mark.parametrize("family", ["llama", "glm", "gemma2"])
+def test_the_kept_slope_is_the_gradient_by_the_key_before_rope(family):
+    """One key of one layer moved before RoPE, in whatever frame the family turns it; attention read off the model."""
+    model = tiny_family(family)
+    model.set_attn_implementation("eager")
+    ids = tokens(1, 20)
+    record = collect(model, ids)
+    layer = max(s.index for s in record.info.layers)
+    place = int((record.tensors["sample.position"] == 4).nonzero())
+    kept = record.layer(layer)
+    attention = model.model.layers[layer].self_attn
+
+    def drawn(shift):
+        def bump(_module, _args, out):
+            out = out.clone()
+            out[0, 4, : len(shift)] += shift
+            return out
+
+        handle = attention.k_proj.register_forward_hook(bump)
+        with torch.no_grad():
+            weights = model(ids, output_attentions=True, use_cache=False).attentions[layer][0]
+        handle.remove()
+        return weights[:2, :10, 4].double().sum()
+
+    model.double()
+    step = 1e-4
+    steps = [torch.eye(16, dtype=torch.float64)[c] * step for c in range(16)]
+    gradient = torch.stack([(drawn(s) - drawn(-s)) / (2 * step) for s in steps])
+    assert drawn(torch.zeros(16)).item() == pytest.approx(kept["sample.attention_early"][place, 0].item(), rel=1e-4)
+    slope = kept["sample.attention_slope"][place, 0].double()
+    assert torch.allclose(slope, gradient, rtol=1e-2, atol=5e-3 * gradient.abs().max().item())
 
 
 def test_sums_do_not_depend_on_the_batch_size(llama):

@@ -49,8 +49,12 @@ def simulate(x, quantizer, exact=torch.float16):
 class SimulatedCache(DynamicCache):
     """Stock layers; those of `quantizers` hold each token three times over: quantized, exact, and what is known of it.
 
+    `EXTRA` more marks of a token, from `extra`, are for those who simulate more.
+
     The first `sinks` real tokens of a row are read exactly, and any token until `recent` others have come after it.
     """
+
+    EXTRA = 0
 
     def __init__(self, config, quantizers, sinks=0, recent=0):
         super().__init__(config=config)
@@ -79,15 +83,21 @@ class SimulatedCache(DynamicCache):
         pair = self.quantizers[layer_idx]
         marks = torch.stack([t.float().expand(batch, -1) for t in self.known.pop(layer_idx)], -1)
         marks = torch.cat([marks, torch.zeros(batch, count, 1)], -1)[:, None].expand(-1, heads, -1, -1)
+        extra = [self.extra(layer_idx, key_states, value_states)] if self.EXTRA else []
         keys, values = super().update(
             torch.cat([quantized(key_states, pair["key"]), key_states], -1),
-            torch.cat([quantized(value_states, pair["value"]), value_states, marks], -1),
+            torch.cat([quantized(value_states, pair["value"]), value_states, *extra, marks], -1),
             layer_idx,
         )
-        # In place, in the layer itself: a token that once left the recent window stays quantized.
-        values[:, :, : max(0, values.shape[2] - self.recent), -1] = 1
         self.shown[layer_idx] = keys, values
+        self.leave(layer_idx)
         return key_states, value_states
+
+    def leave(self, layer):
+        """Mark what is not among the recent tokens any more."""
+        # In place, in the layer itself: a token that once left the recent window stays quantized.
+        values = self.shown[layer][1]
+        values[:, :, : max(0, values.shape[2] - self.recent), -1] = 1
 
     def read(self, layer):
         """Keys and values `[B, H, T, D]` as attention sees them, and their positions `[B, T]`."""
@@ -96,7 +106,7 @@ class SimulatedCache(DynamicCache):
         positions, real, left = marks.unbind(-1)
         sinks = 0 if self.is_sliding[layer] else self.sinks
         stored = (left.bool() & ~((real > 0) & (real.cumsum(2) <= sinks)))[..., None]
-        values = values[..., :-3]
+        values = values[..., : -3 - self.EXTRA]
         size = values.shape[-1] // 2
         key = torch.where(stored, keys[..., :dim], keys[..., dim:])
         return key, torch.where(stored, values[..., :size], values[..., size:]), positions[:, 0].long()

@@ -1,5 +1,7 @@
 """The compiled encoder gives the bits of `Quantizer.encode`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -57,12 +59,24 @@ def stored(q, x, dtype):
     rows.extend(spec)
     for t in rows.tensors().values():
         t.fill_(77)
-    store(q, torch.stack([x.flip(0), x]), dtype, rows.read(3, len(x) + 3))
+    both = torch.stack([x.flip(0), x])
+    store(q, both, dtype, rows.read(3, len(x) + 3))
     found = rows.read(0, len(x) + 3)
     for t in found.values():
         assert bool((t[:, :3] == 77).all()), "earlier tokens were overwritten"
         assert t.shape[1] == len(x) + 3
-    return {n: t[1, 3:] for n, t in found.items()}
+    bits = {n: t[1, 3:].clone() for n, t in found.items()}
+    # Asked for the error too, the same bits, and what is left after decoding them.
+    residue = torch.full((batch, *x.shape[:2], 2), torch.nan)
+    store(q, both, dtype, rows.read(3, len(x) + 3), residue=residue)
+    assert all(torch.equal(bits[n], t[1, 3:]) for n, t in rows.read(0, len(x) + 3).items())
+    for b in range(batch):
+        read = q.decode({n: t[b, 3:] for n, t in rows.read(0, len(x) + 3).items()}).double()
+        wide = both[b].double()
+        expected = torch.stack([(wide - read).square().sum(-1), wide.square().sum(-1)], -1)
+        # Decoding rounds once more: relative to the token, an element is off by a few units of the last place.
+        assert bool(((residue[b] - expected).abs() <= 1e-5 * expected + 1e-6 * expected[..., 1:]).all())
+    return bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -94,3 +108,38 @@ def test_a_step_takes_the_compiled_path_and_a_prompt_the_tensors(tmp_path, monke
         layer.update(torch.ones(1, 2, count, 16), torch.ones(1, 2, count, 16))
         called.append(count)
     assert called == ["compiled", "compiled", MOST_TOKENS, MOST_TOKENS + 1]
+
+
+@pytest.mark.parametrize("widths", [3, "mixed"])
+@pytest.mark.parametrize("prefix", ["", "value."])
+def test_zero_and_scale_of_a_token_for_every_head(widths, prefix):
+    q = quantizer(True, "token", 0.0, widths)
+    x = torch.randn(2, 7, 3, 16, generator=torch.Generator().manual_seed(1))
+    x[:, 2] = 0.5
+    spec = replace(q, scope="head").row_spec(torch.float16)
+    rows = {prefix + n: torch.full((2, 7, *shape), 77).to(kind) for n, (shape, kind) in spec.items()}
+    residue = torch.empty(2, 7, 3, 2)
+    store(q, x, torch.float16, rows, prefix, residue)
+    expected = q.encode(x.flatten(0, 1), torch.float16)
+    for name in ("zero", "scale"):
+        assert torch.equal(rows[prefix + name].flatten(0, 1), expected[name].expand(-1, 3)), name
+    assert torch.equal(rows[f"{prefix}words"].flatten(0, 1), expected["words"])
+    read = replace(q, scope="head").decode({n.removeprefix(prefix): t.flatten(0, 1) for n, t in rows.items()})
+    assert torch.equal(read, q.decode(expected))
+    assert torch.allclose(residue[..., 0], (x - read.view_as(x)).square().sum(-1), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_and_residue_have_to_fit():
+    x = torch.zeros(1, 2, 3, 16)
+    for scope, share, groups in (("token", 0.05, 3), ("token", 0.0, 2), ("head", 0.0, 1)):
+        q = quantizer(True, scope, share, 3)
+        rows = {n: torch.zeros(1, 2, *shape, dtype=kind) for n, (shape, kind) in q.row_spec(torch.float16).items()}
+        rows["zero"] = rows["scale"] = torch.zeros(1, 2, groups, dtype=torch.float16)
+        with pytest.raises(ValueError, match=f"rows have {groups} zeros and scales .* scope '{scope}'"):
+            store(q, x, torch.float16, rows)
+    q = quantizer(False, "token", 0.0, 3)
+    rows = {"words": torch.zeros(1, 2, q.layout.words, dtype=torch.int32)}
+    wrong = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, 2).double(), torch.zeros(1, 2, 2, 3).transpose(2, 3)
+    for residue in wrong:
+        with pytest.raises(ValueError, match=r"residue is .* float32 \(1, 2, 3, 2\)"):
+            store(q, x, torch.float16, rows, residue=residue)

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,8 +63,9 @@ def make_view(length, widths, batch=2, heads=2, share=0.05, scope="token", sinks
 
 
 def rotated(x, angles, positions):
-    """`x [B, T, H, D]` turned in float64 at `positions [B or 1, T]`."""
-    angle = positions.double()[..., None, None] * angles.frequency
+    """`x [B, T, H, D]` turned in float64 at `positions [B or 1, T]`, or `[B or 1, H, T]`."""
+    each = positions[:, None] if positions.dim() == 2 else positions
+    angle = each.double().transpose(1, 2)[..., None] * angles.frequency
     a, b = x[..., angles.first].double(), x[..., angles.second].double()
     out = torch.empty(x.shape, dtype=torch.float64)
     out[..., angles.first] = angles.scale * (a * angle.cos() - b * angle.sin())
@@ -72,7 +74,7 @@ def rotated(x, angles, positions):
 
 
 def reference(query, key, value, angles, positions, allowed, scaling, softcap=None, sink_logits=None, bias=0.0):
-    """Attention in float64: `query [B, Hq, Q, D]`, `allowed [B or 1, 1, Q, T]`."""
+    """Attention in float64, and its weights: `query [B, Hq, Q, D]`, `allowed [B or 1, 1, Q, T]`."""
     group = query.shape[1] // key.shape[2]
     k = rotated(key, angles, positions).repeat_interleave(group, 2).transpose(1, 2)
     v = value.double().repeat_interleave(group, 2).transpose(1, 2)
@@ -84,14 +86,16 @@ def reference(query, key, value, angles, positions, allowed, scaling, softcap=No
         extra = sink_logits.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], -1)
     weights = scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[1]]
-    return (weights @ v).transpose(1, 2)
+    return (weights @ v).transpose(1, 2), weights
 
 
 def check(view, key, value, angles, queries=1, group=2, mask=None, tolerance=3e-6, **options):
     batch, total, heads, _ = key.shape
     generator = torch.Generator().manual_seed(5)
     plain = torch.randn(batch, queries, heads * group, DIM, generator=generator)
-    query = rotated(plain, angles, view.positions[:, total - queries :]).transpose(1, 2).float()
+    at = view.positions[..., total - queries : total]
+    at = at if at.dim() == 2 else at.repeat_interleave(group, 1)
+    query = rotated(plain, angles, at).transpose(1, 2).float()
     allowed = torch.arange(total)[None] <= torch.arange(total - queries, total)[:, None]
     allowed, bias = allowed[None, None], 0.0
     if mask is not None and mask.dtype == torch.bool:
@@ -101,9 +105,18 @@ def check(view, key, value, angles, queries=1, group=2, mask=None, tolerance=3e-
     found = native.native_attention(query, view, angles, mask, 0.3, **options)
     turned = native.native_attention(plain.transpose(1, 2), view, angles, mask, 0.3, rotate=True, **options)
     assert (found - turned).abs().max() < tolerance * max(1.0, float(value.abs().max()))
-    expected = reference(query, key, value, angles, view.positions, allowed, 0.3, bias=bias, **options)
+    expected, weights = reference(
+        query, key, value, angles, view.positions[..., :total], allowed, 0.3, bias=bias, **options
+    )
     assert found.shape == (batch, queries, heads * group, DIM)
     assert (found - expected).abs().max() < tolerance * max(1.0, float(value.abs().max()))
+    age = 0.7 ** torch.arange(queries - 1, -1, -1, dtype=torch.float64)
+    drew = (weights.unflatten(1, (heads, group)) * age[:, None]).sum((2, 3))
+    drawn = torch.full((batch, heads, total), torch.nan)
+    same = native.native_attention(query, view, angles, mask, 0.3, drawn=drawn, decay=0.7, **options)
+    assert torch.equal(same, found)
+    assert (drawn - drew).abs().max() < tolerance * group
+    assert bool((drawn[drew == 0] == 0).all())
     return found
 
 
@@ -235,3 +248,110 @@ def test_a_copied_cache_writes_into_its_own_memory():
         (ctypes.c_float * (201 * 4)).from_address(address)[:] = [value] * (201 * 4)
     assert bool((rows.read(0, 201)["x"] == 1).all())
     assert bool((other.read(0, 201)["x"] == 2).all())
+
+
+def scattered(batch, heads, total, most, strided=False, seed=0):
+    """Positions `[B, H, T]` below `most`, ascending; the b-th row begins with 3 b unused slots; and which are used."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.stack([torch.randperm(most, generator=generator)[:total] for _ in range(batch * heads)])
+    positions = drawn.sort(-1).values.view(batch, heads, total).int()
+    for b in range(batch):
+        positions[b, :, : min(3 * b, total - 1)] = -1
+    used = positions[:, 0] >= 0
+    if strided:
+        room = torch.full((batch, total + 9, heads), 2**31 - 1, dtype=torch.int32)
+        room[:, :total] = positions.transpose(1, 2)
+        positions = room.transpose(1, 2)
+    return positions, used
+
+
+def hidden(used, queries, kind):
+    """A mask that is causal and hides unused slots."""
+    total = used.shape[1]
+    causal = torch.arange(total)[None] <= torch.arange(total - queries, total)[:, None]
+    allowed = (causal & used[:, None])[:, None]
+    return allowed if kind == torch.bool else torch.where(allowed, -0.5, torch.finfo(kind).min)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 200])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_positions_of_each_head(length, group, queries, kind):
+    view, key, value = make_view(length, 3, sinks=2, recent=6, share=0.05, scope="head")
+    for most in (length + 20, 5 * length + 40, 100 * length + 40):  # runs, tiles within 1024, tiles beyond
+        view.positions, used = scattered(2, 2, length + 6, most, strided=most == 5 * length + 40)
+        mask = hidden(used, queries, kind)
+        check(view, key, value, turning(), queries=queries, group=group, mask=mask)
+        if most < 1000:
+            logits = torch.linspace(-1, 2, 2 * group)
+            check(view, key, value, turning(), queries, group, mask=mask, softcap=2.0, sink_logits=logits)
+
+
+@pytest.mark.parametrize("most", [800, 4000, 90_000])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_positions_of_each_head_in_several_splits(most, queries, threads):
+    threads(8)
+    view, key, value = make_view(700, 4, sinks=2, recent=5)
+    view.positions, used = scattered(2, 2, 705, most, strided=True)
+    check(view, key, value, turning(), queries, group=3, mask=hidden(used, queries, torch.bool))
+    view.positions = view.positions[:1]
+    check(view, key, value, turning(), queries, group=3)
+
+
+@pytest.mark.parametrize("dim", [4, 10, 20])
+def test_pairs_that_fill_no_register(dim, monkeypatch):
+    monkeypatch.setitem(globals(), "DIM", dim)
+    view, key, value = make_view(100, 3)
+    for most in (400, 30_000):
+        view.positions, used = scattered(2, 2, 100, most)
+        check(view, key, value, turning(dim), mask=hidden(used, 1, torch.bool))
+
+
+def test_a_recent_window_longer_than_the_packed_part(threads):
+    """The last split has no packed tile left."""
+    threads(2)
+    check(*make_view(320, 3, batch=1, heads=1, recent=500), turning())
+
+
+def test_tables_grow_where_a_pass_needs_it_and_are_shared():
+    view, key, value = make_view(70, 3)
+    angles, alike = turning(turned=7), turning(turned=7)
+    assert native._turns(angles, 0) is native._turns(alike, 0)
+    assert native._turns(turning(turned=3), 0) is not native._turns(alike, 0)
+    reach = native.LEAST * 1024
+    for last in (reach - 1, reach, 5 * reach):
+        view.positions = torch.arange(70)[None].int() + last - 69
+        check(view, key, value, angles)
+    assert native._turns(angles, 0).numbers[-1] > 5 * native.LEAST > native._turns(alike, 0).numbers[-1]
+
+
+def test_drawn_has_to_fit():
+    view, _, _ = make_view(70, 3, recent=2)
+    query = torch.zeros(2, 4, 1, DIM)
+    wrong = torch.zeros(2, 4, 72), torch.zeros(2, 2, 72, dtype=torch.float64), torch.zeros(2, 72, 2).transpose(1, 2)
+    for drawn in wrong:
+        with pytest.raises(ValueError, match=r"drawn is .* expected contiguous float32 \(2, 2, 72\)"):
+            native.native_attention(query, view, turning(), None, 1.0, drawn=drawn)
+
+
+def test_zero_and_scale_of_a_token_kept_for_each_head():
+    """Rows from which a head's tokens can be dropped alone: read as scope "head", the tokens' own numbers decide."""
+    view, key, value = make_view(130, 3, share=0.0)
+    view.value = replace(view.value, scope="head")
+    for name in ("value.zero", "value.scale"):
+        view.rows[name] = view.rows[name].repeat(1, 1, 2)
+    check(view, key, value, turning())
+    for name in ("words", "zero", "scale"):
+        view.rows[f"value.{name}"] = view.rows[f"value.{name}"].flip(1)
+    view.rows["value.zero"][:, :, 1] += 1
+    value = value.flip(1).clone()
+    value[:, :, 1] += 1
+    check(view, key, value, turning(), tolerance=1e-3)  # zero is rounded to a two-byte type once more

@@ -42,8 +42,9 @@ class Policy:
     Attributes:
         evicts: it ever lets a token go.
         attention: it looks at `Held.drawn`.
-        traits: how many numbers it notes of a token when it is stored; see `observe`.
-        weighted: it looks at `Held.alpha`.
+        traits: how many numbers it notes of a token when it is stored; see `observe`. With `trait_dtype` uint8 they lie
+            in 0..1.
+        weighted: it looks at `Held.alpha`, and at 1 not at traits.
         decay: by how much a query counts less than the one after it.
         sinks: first tokens of a row that always stay.
         every: share of the budget that is evicted at a time; 0: no more than room has to be made for.

@@ -19,6 +19,7 @@ class QHitter(Policy):
     name = "qhitter"
     attention = True
     traits = 1
+    trait_dtype = torch.uint8
     weighted = True
 
     def __init__(self, age_norm: bool = True, decay: float = 0.99) -> None:
