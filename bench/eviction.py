@@ -39,6 +39,7 @@ from kvcalib.stages.dial import budget_of
 PARTS = ("quality", "time", "stream")
 POLICIES = ("window", "h2o", "qhitter-published", "qhitter")
 STEP = 8
+EXACT = "8-bit codes"
 BYTES_BAR, TIME_BAR, STREAM_BAR = 1 / 17, 1.15, 0.05
 
 
@@ -50,64 +51,58 @@ def make_artifacts(options, model):
     fit_nuq.run(run, fit_nuq.FitNuqSettings())
     friendliness.run(run)
     made = {}
-    for bits in (*options.bits, 8):
+    for bits in sorted(options.bits, reverse=True):
         path = options.run / f"bits{bits:g}"
-        if bits == 8:
-            build.run(run, path, 8, 8, overwrite=True)
-        else:
-            found, widths = allocate.run(run, allocate.AllocateSettings(budget=bits))
-            build.run(run, path, None, None, 0, True, widths, budget_of(found), found.options)
+        found, widths = allocate.run(run, allocate.AllocateSettings(budget=bits))
+        build.run(run, path, None, None, 0, True, widths, budget_of(found), found.options)
         made[f"{bits:g} bits"] = load(path)
-    return made
+    path = options.run / "codes8"
+    build.run(run, path, 8, 8, overwrite=True)
+    return made | {EXACT: load(path)}
 
 
 # Part 1: quality.
 
 
-def quality(model, artifacts, sequences, budgets, batch_size, policies=POLICIES):
-    """One row for every artifact without eviction, and for every policy and budget on it."""
-    trials, names = [], []
-    for name, artifact in artifacts.items():
-        trials += [Trial(artifact), Trial(artifact, Eviction(1.0, policy="full"))]
-        names += [(name, "none", 1.0), (name, "full", 1.0)]
-        for budget in budgets:
-            trials += [Trial(artifact, Eviction(budget, policy=policy)) for policy in policies]
-            names += [(name, policy, budget) for policy in policies]
-    console = Console()
+def quality(model, name, artifact, sequences, budgets, batch_size, policies=POLICIES):
+    """Rows of one artifact: without eviction, and with every policy and budget."""
+    wanted = [("none", 1.0, None), ("full", 1.0, Eviction(1.0, policy="full"))]
+    wanted += [(policy, keep, Eviction(keep, policy=policy)) for keep in budgets for policy in policies]
+    trials = [Trial(artifact, eviction) for _, _, eviction in wanted]
     found = evaluate_continuations(
         model, trials, sequences, batch_size=batch_size, step=STEP,
-        on_batch=lambda done: console.print(f"quality: {done} of {len(sequences)} sequences", highlight=False),
+        on_batch=lambda done: print(f"quality, {name}: {done} of {len(sequences)} sequences", flush=True),
     )  # fmt: skip
-    full = {name: result for (name, policy, _), result in zip(names, found, strict=True) if policy == "full"}
+    base = found[1]
     rows = []
-    for (name, policy, budget), result in zip(names, found, strict=True):
-        measured = result.model_dump(mode="json", exclude={"artifact", "protocol", "eviction", "policy"})
-        base = full[name]
+    for (policy, keep, _), result in zip(wanted, found, strict=True):
+        measured = result.model_dump(mode="json", exclude={"artifact", "policy", "protocol"}, exclude_none=True)
         rows.append(
-            {
-                "artifact": name, "policy": policy, "budget": budget, **measured,
+            measured
+            | {
+                "artifact": name, "policy": policy, "keep": keep,
                 "times_smaller": result.fp16_cache_bytes / result.cache_bytes,
                 "time_against_full": result.seconds_per_token / base.seconds_per_token,
                 "eviction_nll": result.nll - base.nll,
                 "eviction_nll_error": standard_error(result.sequence_nll, base.sequence_nll),
             }
         )  # fmt: skip
-    return {"rows": rows, "comparisons": comparisons(rows), "protocol": found[0].protocol}
+    return rows, found[0].protocol
 
 
 def comparisons(rows, ours="qhitter", others=("h2o", "window", "qhitter-published")):
     """NLL of our policy less another's at the same budget, with the paired standard error."""
-    at = {(row["artifact"], row["policy"], row["budget"]): row for row in rows}
+    at = {(row["artifact"], row["policy"], row["keep"]): row for row in rows}
     found = []
-    for (artifact, policy, budget), row in at.items():
+    for (artifact, policy, keep), row in at.items():
         if policy != ours:
             continue
         for other in others:
-            if (artifact, other, budget) in at:
-                theirs = at[artifact, other, budget]
+            if (artifact, other, keep) in at:
+                theirs = at[artifact, other, keep]
                 found.append(
                     {
-                        "artifact": artifact, "budget": budget, "policy": ours, "against": other,
+                        "artifact": artifact, "keep": keep, "policy": ours, "against": other,
                         "difference": row["nll"] - theirs["nll"],
                         "error": standard_error(row["sequence_nll"], theirs["sequence_nll"]),
                         "bytes_ratio": row["cache_bytes"] / theirs["cache_bytes"],
@@ -268,10 +263,10 @@ def checks(body):
     for row in body.get("quality", {}).get("comparisons", []):
         if row["against"] in ("h2o", "window"):
             shown = f"{row['difference']:+.4f} ± {row['error']:.4f} nats, bytes x {row['bytes_ratio']:.2f}"
-            claim = f"{row['artifact']}, keep {row['budget']:g}: NLL of qhitter at most {row['against']}'s"
+            claim = f"{row['artifact']}, keep {row['keep']:g}: NLL of qhitter at most {row['against']}'s"
             found.append((claim, shown, row["difference"] <= 0))
     for row in body.get("quality", {}).get("rows", []):
-        if (row["policy"], row["budget"], row["artifact"]) == ("qhitter", 0.2, "4 bits"):
+        if (row["policy"], row["keep"], row["artifact"]) == ("qhitter", 0.2, "4 bits"):
             shown = f"1/{row['times_smaller']:.2f}"
             found.append(("4 bits, keep 0.2: at most 1/17 of the bytes", shown, 1 / row["times_smaller"] <= BYTES_BAR))
     for row in body.get("time", {}).get("rows", []):
@@ -313,10 +308,10 @@ def _share(x):
 
 CELLS = {
     "quality": lambda r: (
-        r["artifact"], r["policy"], _share(r["budget"]), f"{r['kept']:.0f}", f"{r['cache_bytes']:.0f}",
+        r["artifact"], r["policy"], _share(r["keep"]), f"{r['kept']:.0f}", f"{r['cache_bytes']:.0f}",
         f"{r['times_smaller']:.2f}", f"{r['delta_nll']:+.4f}", f"{r['eviction_nll']:+.4f}",
         f"{r['eviction_nll_error']:.4f}", f"{r['kld']:.4f}", f"{1000 * r['seconds_per_token']:.2f}",
-        f"{r['time_against_full']:.2f}", _share(r["overlap"]), _share(r["captured"]),
+        f"{r['time_against_full']:.2f}", _share(r.get("overlap")), _share(r.get("captured")),
     ),
     "time": lambda r: (
         r["comparison"], r["policy"], f"{r['tokens_held']:.0f}", f"{1000 * r['seconds']:.2f}",
@@ -338,6 +333,9 @@ def main():
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--bits", type=float, nargs="+", default=[3, 4], help="effective bits of the artifacts")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.2, 0.1, 0.05])
+    parser.add_argument(
+        "--exact-budgets", type=float, nargs="*", default=[0.2], help="of the artifact of 8 bits a code"
+    )
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -361,17 +359,8 @@ def main():
     def text(samples, length):
         return token_sequences(data, load_tokenizer(options.model), samples, length, "evaluate")
 
-    four = {name: artifact for name, artifact in artifacts.items() if name == f"{max(options.bits):g} bits"}
-    for part in options.parts:
-        if part == "quality":
-            sequences = text(options.samples, options.seq_len)
-            measured = quality(model, artifacts, sequences, options.budgets, options.batch_size)
-            measured |= {"samples": len(sequences), "batch_size": options.batch_size}
-        elif part == "time":
-            measured = {"rows": decode_times(model, *four.values(), options.context, 0.2), "context": options.context}
-        else:
-            ids = torch.from_numpy(text(1, options.stream_tokens))
-            measured = streams(model, four, ids, options.stream_keep, ids.shape[1] // 4, options.stream_policies)
+    def keep(part, measured):
+        nonlocal body
         body |= {
             "bench": "eviction", "model": Path(options.model).name, "data": Path(data).name,
             "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
@@ -381,6 +370,26 @@ def main():
         }  # fmt: skip
         body["checks"] = [{"claim": c, "found": f, "holds": bool(h)} for c, f, h in checks(body)]
         write_json(options.json, body)
+
+    chosen = f"{max(options.bits):g} bits"
+    if "quality" in options.parts:
+        rows, sequences = [], text(options.samples, options.seq_len)
+        for name, artifact in artifacts.items():
+            budgets = options.budgets if name != EXACT else options.exact_budgets
+            found, protocol = quality(model, name, artifact, sequences, budgets, options.batch_size)
+            rows += found
+            keep("quality", {
+                "rows": rows, "comparisons": comparisons(rows), "protocol": protocol, "samples": len(sequences),
+                "batch_size": options.batch_size,
+            })  # fmt: skip
+    if "time" in options.parts:
+        rows = decode_times(model, artifacts[chosen], options.context, 0.2)
+        keep("time", {"rows": rows, "context": options.context, "artifact": chosen})
+    if "stream" in options.parts:
+        ids = torch.from_numpy(text(1, options.stream_tokens))
+        last = ids.shape[1] // 4
+        four = {chosen: artifacts[chosen]}
+        keep("stream", streams(model, four, ids, options.stream_keep, last, options.stream_policies))
     show(body, console)
 
 
