@@ -12,6 +12,8 @@ in windows of as many tokens, unquantized. Every part is written when it is done
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import os
 import platform
@@ -64,11 +66,42 @@ def make_artifacts(options, model):
 # Part 1: quality.
 
 
+class Budgets:
+    """Trials of one policy that read each prompt once: what a share of tokens lets go is decided after the prompt."""
+
+    def __init__(self, artifact, policy, budgets):
+        self.trials = [Trial(artifact, Eviction(keep, policy=policy)) for keep in budgets]
+        self.ids, self.cache = None, None
+        for trial in self.trials:
+            run = trial.run
+            object.__setattr__(trial, "run", lambda *given, run=run, trial=trial: self.shared(run, trial, *given))
+
+    @contextlib.contextmanager
+    def shared(self, run, trial, *given):
+        with run(*given) as session:
+            session.read = lambda ids: self.read(session, trial.eviction, ids)
+            yield session
+
+    def read(self, session, eviction, ids):
+        """What `Session.read` gives, from the policy's common cache of the prompt."""
+        if self.ids is None or not torch.equal(ids, self.ids):
+            self.ids, self.cache = ids, session.new_cache()
+            with torch.no_grad():
+                session.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)
+        cache = copy.deepcopy(self.cache)
+        for layer in cache.layers:
+            layer.eviction = eviction
+        cache.evict()
+        return cache, None
+
+
 def quality(model, name, artifact, sequences, budgets, batch_size, policies=POLICIES):
     """Rows of one artifact: without eviction, and with every policy and budget."""
     wanted = [("none", 1.0, None), ("full", 1.0, Eviction(1.0, policy="full"))]
-    wanted += [(policy, keep, Eviction(keep, policy=policy)) for keep in budgets for policy in policies]
     trials = [Trial(artifact, eviction) for _, _, eviction in wanted]
+    for policy in policies:
+        trials += Budgets(artifact, policy, budgets).trials
+        wanted += [(policy, keep, None) for keep in budgets]
     found = evaluate_continuations(
         model, trials, sequences, batch_size=batch_size, step=STEP,
         on_batch=lambda done: print(f"quality, {name}: {done} of {len(sequences)} sequences", flush=True),

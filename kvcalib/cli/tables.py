@@ -287,9 +287,9 @@ def _print_continuations(results: list[Evaluation]) -> None:
     _say(f"perplexity of the unquantized model on the continuations: {_exp(first.fp16_nll):.3f}")
     if evicted:
         _say(
-            "effective bits: of the tokens held; bytes: of all tokens that came. heavy: of the prompt's tokens with the "
-            "most accumulated exact attention, how many stayed; attn.: of the continuation's attention to the prompt, "
-            "how much falls on what stayed; both right after the prompt"
+            "effective bits: of the tokens held; bytes: of all tokens that came; heavy: how many of the prompt's "
+            "tokens with the most accumulated exact attention stayed; attn.: how much of the continuation's attention "
+            "to the prompt falls on what stayed; both right after the prompt"
         )
 
 

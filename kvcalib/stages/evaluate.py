@@ -23,7 +23,7 @@ from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.eviction import Eviction, Per
-from kvcalib.runtime.loader import Artifact, Prefill, check_fit, load, prove
+from kvcalib.runtime.loader import Artifact, Prefill, check_fit, load, longest_context, prove
 from kvcalib.runtime.policies import Policy, QHitter, find
 from kvcalib.runtime.tiers import load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
@@ -118,6 +118,8 @@ class EvalSettings(BaseModel):
             raise ValueError("--adaptive is not measured with eviction; leave out --keep, --policy and --prompt")
         if self.evicts and self.step is not None and self.step > MOST_STEP:
             raise ValueError(f"--step is {self.step}, expected at most {MOST_STEP}: longer passes count as prompts")
+        if self.evicts and self.seq_len < 3:
+            raise ValueError(f"--seq-len is {self.seq_len}, expected at least 3: a prompt and two tokens after it")
         if not self.age_norm and not {"qhitter"} & set(self.policy or ("qhitter",)):
             raise ValueError("--no-age-norm is for the policy qhitter; add --policy qhitter")
         for eviction in self.evictions:
@@ -150,6 +152,7 @@ def run(
         note(f"eval: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
     model = model if model is not None else _model(model_name, settings)
     check_vocabulary(model, sequences, settings.data)
+    _check_budgets(model, settings)
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     with progress("eval", len(sequences), "sequences") as show:
         if settings.evicts:
@@ -183,7 +186,7 @@ def run_summaries(
     model = model if model is not None else _model(model_name, settings)
     with progress("eval", len(articles), "articles") as show:
         results = evaluate_summaries(
-            model, tokenizer, _rotations(model, loaded), trials(loaded, settings), articles, settings.sinks,
+            model, tokenizer, _rotations(model, loaded, settings), trials(loaded, settings), articles, settings.sinks,
             settings.recent_tokens, settings.prefill, on_article=show,
         )  # fmt: skip
     _write(json_path, results)
@@ -206,8 +209,8 @@ def run_passkey(
     model = model if model is not None else _model(model_name, settings)
     with progress("eval", len(needles), "prompts") as show:
         results = evaluate_passkey(
-            model, _rotations(model, loaded), trials(loaded, settings), needles, settings.sinks, settings.recent_tokens,
-            settings.prefill, settings.seed, show,
+            model, _rotations(model, loaded, settings), trials(loaded, settings), needles, settings.sinks,
+            settings.recent_tokens, settings.prefill, settings.seed, show,
         )  # fmt: skip
     _write(json_path, results)
     return results
@@ -232,7 +235,17 @@ def _model(name: str, settings: EvalSettings) -> Any:
     return load_model(name, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
 
 
-def _rotations(model: Any, artifacts: Sequence[Artifact]) -> Any:
+def _check_budgets(model: Any, settings: EvalSettings) -> None:
+    """InputError unless the model's context has tokens enough for `settings.keep`."""
+    for eviction in settings.evictions:
+        try:
+            eviction.within(longest_context(model))
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+
+def _rotations(model: Any, artifacts: Sequence[Artifact], settings: EvalSettings) -> Any:
+    _check_budgets(model, settings)
     for artifact in artifacts:
         check_fit(artifact, model)
     return prove(model, sorted({i for artifact in artifacts for i in artifact.quantizers}))
