@@ -179,6 +179,7 @@ def test_a_budget_that_cannot_be_met_is_refused(run):
 def test_stages_leave_their_files_and_nothing_else(road):
     assert {name for name in snapshot(road / "run") if "/" not in name} == {
         "run.json", "calibration.safetensors", "codebooks.safetensors", "friendliness.json",
+        "friendliness.svg",
     }  # fmt: skip
     assert set(snapshot(road / "nuq3")) == {"manifest.json", "tensors.safetensors", "README.md"}
 

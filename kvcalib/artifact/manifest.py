@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.quant.codebook import Format
@@ -102,6 +102,18 @@ class LayerSpec(Record):
     value: TensorSpec
     friendliness: Friendliness | None = None
     sliding: int | None = Field(default=None, ge=1, description="The layer's sliding window; None: it attends in full.")
+
+    @model_validator(mode="after")
+    def _one_error_per_head(self) -> LayerSpec:
+        if self.friendliness is not None:
+            for role, spec in (("key", self.key), ("value", self.value)):
+                found = getattr(self.friendliness, f"{role}_by_head")
+                if found is not None and len(found) != spec.kv_heads:
+                    raise ValueError(
+                        f"layers[{self.index}].friendliness.{role}_by_head has {len(found)} entries, expected one for "
+                        f"each of the {spec.kv_heads} kv heads; build the artifact again"
+                    )
+        return self
 
 
 class RuntimeDefaults(Record):

@@ -169,7 +169,8 @@ def _add_drawn(
     `steep`, like `weights`: what each score's slope is multiplied by.
     """
     total, peak, late, early, slope, square = drawn
-    total[..., :stop] += weights.sum((2, 3))
+    summed = weights.sum((2, 3))
+    total[..., :stop] += summed
     strongest = weights.amax(2)
     for offset in range(min(window, stop)):
         first = max(start - offset, 0)
@@ -185,10 +186,11 @@ def _add_drawn(
         square[..., :stop] += weights[:, :, :, inside:].square().sum((2, 3))
     if not inside:
         return
+    whole = start + inside == stop
     group, stop = weights.shape[2], start + inside
     weights = weights[:, :, :, :inside, :stop]
-    early[..., :stop] += weights.sum((2, 3))
-    pull = weights.square().neg_().add_(weights)
+    early[..., :stop] += summed if whole else weights.sum((2, 3))
+    pull = torch.addcmul(weights, weights, weights, value=-1)
     if steep is not None:
         pull.mul_(steep[:, :, :, :inside, :stop])
     # The rows already carry the scaling.

@@ -246,7 +246,7 @@ class PackedLayer(TapLayer):
         residues = self._residues(new["key"])
         if path == "native" and batch * count <= MOST_TOKENS:
             for role, quantizer in self.quantizers.items():
-                store(quantizer, new[role], exact, rows, f"{role}.", *([residues[role]] if residues else []))
+                store(quantizer, new[role], exact, rows, f"{role}.", residues.get(role))
         elif path == "triton":
             from kvcalib.runtime.kernels.encode import packed_encode
 

@@ -117,13 +117,13 @@ class Artifact:
         return PackedCache(model.config, layers, origin)
 
     def weights(self, layer: int, eviction: Eviction) -> tuple[float, float]:
-        """The weight of attention and the share of the tokens that the artifact gives a layer.
+        """The weight of attention and the share of the tokens (1 on average) that the artifact gives a layer.
 
         Raises:
             ArtifactMismatch: the policy asks for a weight, and the artifact has none.
         """
         found = next(spec.friendliness for spec in self.manifest.layers if spec.index == layer)
-        alpha, share = (getattr(found, name, None) for name in ("alpha", "share"))
+        alpha, share = (None, None) if found is None else (found.alpha, found.share)
         if alpha is None:
             if eviction.rule.weighted and eviction.alpha is None:
                 where = f"artifact {str(self.path)!r}" if self.path else "the artifact"
@@ -133,7 +133,8 @@ class Artifact:
                     "policy (h2o, window)"
                 )
             alpha = 1.0
-        return alpha, 1.0 if share is None else share
+        # Policies of others are measured as they are: the same number of tokens in every layer.
+        return alpha, share if share is not None and eviction.rule.weighted else 1.0
 
     def load_cache(
         self,

@@ -4,8 +4,9 @@ import json
 
 import jsonschema
 import pytest
+from pydantic import ValidationError
 
-from kvcalib.artifact.manifest import Manifest, schema
+from kvcalib.artifact.manifest import Friendliness, Manifest, schema
 from tests.artifact.test_store import ROOT, example, write
 
 
@@ -58,6 +59,52 @@ def test_encoding_is_canonical():
     assert raw == (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
     del body["digest"]
     assert Manifest.model_validate(body).encode() == raw
+
+
+def befriended(**figures):
+    """The example's manifest with these figures of friendliness."""
+    manifest, _ = example()
+    friendliness = Friendliness(key_error=0.1, value_error=0.2, **figures)
+    return manifest.model_copy(
+        update={"layers": [manifest.layers[0].model_copy(update={"friendliness": friendliness})]}
+    )
+
+
+def test_figures_that_are_not_known_are_not_written():
+    """So an artifact of before they existed has the bytes that it had."""
+    body = json.loads(befriended().encode())
+    assert body["layers"][0]["friendliness"] == {"key_error": 0.1, "value_error": 0.2}
+    del body["digest"]
+    assert Manifest.model_validate(body) == befriended()
+    assert json.loads(example()[0].encode())["layers"][0]["friendliness"] is None
+
+
+def test_figures_of_eviction_are_written_and_read(validator):
+    figures = {"key_by_head": [0.1, 0.1], "value_by_head": [0.1, 0.3], "overlap": 0.9, "alpha": 1.0, "share": 0.5}
+    raw = befriended(**figures).encode()
+    body = json.loads(raw)
+    validator.validate(body)
+    assert body["layers"][0]["friendliness"] == {"key_error": 0.1, "value_error": 0.2, **figures}
+    del body["digest"]
+    assert Manifest.model_validate(body).encode() == raw
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ({"alpha": 1.5}, "alpha"),
+        ({"overlap": -0.1}, "overlap"),
+        ({"share": 0.0}, "share"),
+        ({"key_by_head": [0.1]}, r"layers\[0\].friendliness.key_by_head has 1 entries, expected one for each of the 2"),
+        ({"value_by_head": [0.1, -0.1]}, "value_by_head"),
+    ],
+)
+def test_wrong_figures_are_refused(figure, message):
+    body = json.loads(befriended().encode())
+    del body["digest"]
+    body["layers"][0]["friendliness"] |= figure
+    with pytest.raises(ValidationError, match=message):
+        Manifest.model_validate(body)
 
 
 def test_mean_bits_counts_channels():

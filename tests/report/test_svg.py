@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcalib.report.allocation import Layer, allocation_plot
+from kvcalib.report.friendliness import LayerPoint, friendliness_plot
 from kvcalib.report.svg import Panel, label, log_ticks, page, ticks
 
 NAME = "{http://www.w3.org/2000/svg}"
@@ -54,6 +55,33 @@ def test_an_allocation_shows_units_layers_and_the_chosen_point():
     assert len(circles(svg, "mark-dot")) == 1
     assert "prefers-color-scheme:dark" in svg
     assert "NaN" not in svg
+
+
+def test_friendliness_shows_what_is_known():
+    known = [
+        LayerPoint(0, 0.2, 0.1, {2: 0.3, 3: 0.2, 4: 0.1, 8: 0.0}, 1.0, 1.5),
+        LayerPoint(1, 0.2, 0.1, {2: 0.3}, 0.5, 0.5),
+    ]
+    svg = friendliness_plot("of <m>", "3 bit", known)
+    text = " ".join(t.text for t in ET.fromstring(svg).iter(f"{NAME}text"))
+    for shown in (
+        "of <m>",
+        "keys",
+        "values",
+        "2 bit",
+        "3 bit",
+        "4 bit",
+        "alpha",
+        "share (mean 1)",
+        "mean of |x - x^| / |x|",
+    ):
+        assert shown in text
+    # Errors, missed at 2, 3 and 4 bit, alpha and share: by layer.
+    assert [len(circles(svg, f"{kind}-dot")) for kind in ("first", "second", "mark")] == [2 + 2 + 2, 2 + 1 + 2, 1]
+    old = friendliness_plot("m", "3 bit", [LayerPoint(0, 0.2, 0.1, {}, None, None)])
+    assert "alpha" not in old
+    assert "Heavy" not in old
+    assert int(ET.fromstring(old).get("width")) < int(ET.fromstring(svg).get("width"))
 
 
 def test_empty_and_flat_series_can_be_drawn():

@@ -21,8 +21,10 @@ class Simulation(SimulatedCache):
 
     EXTRA = 7
 
-    def __init__(self, config, quantizers, eviction, alpha, by_head, sinks=0, recent=0):
-        super().__init__(config, quantizers, sinks, recent)
+    def __init__(self, config, artifact, eviction, alpha, by_head, sinks=0, recent=0):
+        super().__init__(config, artifact.quantizers, sinks, recent)
+        weighted = eviction.rule.name == "qhitter"
+        self.shares = {x.index: x.friendliness.share if weighted else 1.0 for x in artifact.manifest.layers}
         self.eviction, self.alpha, self.by_head = eviction, alpha, by_head
 
     def extra(self, layer, key_states, value_states):
@@ -50,7 +52,7 @@ class Simulation(SimulatedCache):
         if self.eviction.keep > 1:
             values = self.shown[layer][1]
             length = values.shape[2]
-            block = max(1, int(self.eviction.keep * self.eviction.rule.every))
+            block = self.block(layer)
             real = self.real(layer)
             starts = [t for t in range(token + 1, length) for row in real if row[t] and row[:t].sum() % block == 0]
             end = min([*starts, length])
@@ -75,10 +77,13 @@ class Simulation(SimulatedCache):
     def real(self, layer):
         return self.shown[layer][1][:, 0, :, -2] > 0
 
-    def budget(self, seen):
-        e, sinks = self.eviction, self.eviction.rule.sinks
+    def budget(self, layer, seen):
+        e, sinks, share = self.eviction, self.eviction.rule.sinks, self.shares[layer]
         least = sinks + (int(e.recent) + 2 if e.keep > 1 else 4)
-        return max(least, int(e.keep) if e.keep > 1 else math.floor(e.keep * seen + 1e-9))
+        return max(least, math.floor(e.keep * share * (1 if e.keep > 1 else min(seen, seen / (e.keep * share))) + 1e-9))
+
+    def block(self, layer):
+        return max(1, int(self.eviction.keep * self.shares[layer] * self.eviction.rule.every))
 
     def come(self, layer, row, token, pass_tokens, first):
         """Before `token` of `row` is taken in: let others go. `first`: it is the first of a pass of `pass_tokens`."""
@@ -88,7 +93,7 @@ class Simulation(SimulatedCache):
         held = int((self.marks(layer)[row, 0, :, ALIVE] > 0).sum())
         came = int((self.marks(layer)[row, 0, :, ALIVE] >= 0)[self.real(layer)[row]].sum())
         if e.keep > 1:
-            block, most = max(1, int(e.keep * rule.every)), self.budget(0)
+            block, most = self.block(layer), self.budget(layer, 0)
             if self.real(layer)[row, token] and came % block == 0 and held + block > most:
                 self.let_go(layer, row, most - block, came)
         elif first and pass_tokens <= 16:
@@ -97,7 +102,7 @@ class Simulation(SimulatedCache):
                 first = self.marks(layer)[row, :, 0, PROMPT]
                 came = seen = int(first[0]) or came
                 first[:] = came
-            most = self.budget(seen)
+            most = self.budget(layer, seen)
             if held + pass_tokens > most:
                 self.let_go(layer, row, most - max(pass_tokens, int(most * rule.every)), came)
 
@@ -220,7 +225,7 @@ class Reading:
 @contextlib.contextmanager
 def simulated(model, artifact, rotations, eviction, alpha=1.0, by_head=True, sinks=0, recent=0):
     def make_cache():
-        return Simulation(model.config, artifact.quantizers, eviction, alpha, by_head, sinks, recent)
+        return Simulation(model.config, artifact, eviction, alpha, by_head, sinks, recent)
 
     def prepare(config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None:
