@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -66,31 +67,27 @@ def make_artifacts(options, model):
 # Part 1: quality.
 
 
-class Budgets:
-    """Trials of one policy that read each prompt once: what a share of tokens lets go is decided after the prompt."""
+@dataclass(frozen=True, eq=False)
+class Shared(Trial):
+    """A trial that reads prompts together with others of its policy: what a share of tokens lets go, it lets go after."""
 
-    def __init__(self, artifact, policy, budgets):
-        self.trials = [Trial(artifact, Eviction(keep, policy=policy)) for keep in budgets]
-        self.ids, self.cache = None, None
-        for trial in self.trials:
-            run = trial.run
-            object.__setattr__(trial, "run", lambda *given, run=run, trial=trial: self.shared(run, trial, *given))
+    memo: dict = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def shared(self, run, trial, *given):
-        with run(*given) as session:
-            session.read = lambda ids: self.read(session, trial.eviction, ids)
+    def run(self, *given):
+        with super().run(*given) as session:
+            session.read = lambda ids: self.read(session, ids)
             yield session
 
-    def read(self, session, eviction, ids):
-        """What `Session.read` gives, from the policy's common cache of the prompt."""
-        if self.ids is None or not torch.equal(ids, self.ids):
-            self.ids, self.cache = ids, session.new_cache()
+    def read(self, session, ids):
+        """What `Session.read` gives, from a copy of the common cache."""
+        if "ids" not in self.memo or not torch.equal(ids, self.memo["ids"]):
+            self.memo.update(ids=ids, cache=session.new_cache())
             with torch.no_grad():
-                session.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)
-        cache = copy.deepcopy(self.cache)
+                session.model(input_ids=ids, past_key_values=self.memo["cache"], logits_to_keep=1)
+        cache = copy.deepcopy(self.memo["cache"])
         for layer in cache.layers:
-            layer.eviction = eviction
+            layer.eviction = self.eviction
         cache.evict()
         return cache, None
 
@@ -100,7 +97,8 @@ def quality(model, name, artifact, sequences, budgets, batch_size, policies=POLI
     wanted = [("none", 1.0, None), ("full", 1.0, Eviction(1.0, policy="full"))]
     trials = [Trial(artifact, eviction) for _, _, eviction in wanted]
     for policy in policies:
-        trials += Budgets(artifact, policy, budgets).trials
+        memo: dict = {}
+        trials += [Shared(artifact, Eviction(keep, policy=policy), memo) for keep in budgets]
         wanted += [(policy, keep, None) for keep in budgets]
     found = evaluate_continuations(
         model, trials, sequences, batch_size=batch_size, step=STEP,
