@@ -69,7 +69,7 @@ def make_artifacts(options, model):
 
 @dataclass(frozen=True, eq=False)
 class Shared(Trial):
-    """A trial that reads prompts together with others of its policy: what a share of tokens lets go, it lets go after."""
+    """A trial that reads prompts together with others of its policy: a share of tokens is let go after the prompt."""
 
     memo: dict = field(default_factory=dict)
 
