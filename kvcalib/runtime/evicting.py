@@ -5,16 +5,12 @@ their own, a slot holds another token for each. Of every token a slot also keeps
 what the policy noted when it was stored. To let tokens go, those that stay are moved together, once for a sixteenth of
 the budget: O(1) a token. Rows of a batch decide each for itself; one with fewer tokens leaves its first slots unused.
 
-When: with a share to keep, a prompt is read whole, in one pass or several, and tokens leave when decoding begins (a
-pass of at most `DECODING` tokens) and from then on as they come. With a number to keep, they leave whenever a block of
-tokens has come, in a prompt too, at the same tokens however the prompt is cut.
+When and how many: `counts.py`.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +21,7 @@ from kvcalib.model.taps import Call
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime import heads
 from kvcalib.runtime.attention import attend_packed
+from kvcalib.runtime.counts import Counts, Targets
 from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.kernels.view import PackedView
 from kvcalib.runtime.layers import ROLES, PackedLayer, with_exact
@@ -33,8 +30,6 @@ from kvcalib.runtime.storage import Rows
 
 BYTE = 255
 """What a trait of 1 is in a byte."""
-DECODING = 16
-"""Tokens of a pass up to which it counts as decoding (one token, or a few drafted ones) and not as a prompt's."""
 
 
 class EvictingLayer(PackedLayer):
@@ -79,9 +74,7 @@ class EvictingLayer(PackedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.marks = Rows()
-        self.counted: list[int] = []
-        self.held: list[int] = []
-        self.based: list[int] = []
+        self.counts = Counts(self.eviction, self.share)
         self.whole_mask = True
         self.coming: tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -95,8 +88,7 @@ class EvictingLayer(PackedLayer):
         """Take `[B, H, t, D]` for the `attend` that follows, which stores."""
         self._begin(key_states, value_states)
         self.coming = (key_states.detach(), value_states.detach(), self.valid)
-        if not self.counted:
-            self.counted, self.held, self.based = ([0] * len(key_states) for _ in range(3))
+        self.counts.start(len(key_states))
         self.seen += key_states.shape[2]
         return key_states, value_states
 
@@ -113,7 +105,7 @@ class EvictingLayer(PackedLayer):
         if valid is not None and bool(valid.all()):
             valid = None
         out: list[Tensor] = []
-        for first, last, leaving in self._parts(key.shape[2], valid):
+        for first, last, leaving in self.counts.parts(key.shape[2], valid):
             mine = slice(first, last)
             self._leave(leaving)
             here = None if valid is None else valid[:, mine]
@@ -125,78 +117,32 @@ class EvictingLayer(PackedLayer):
             out.append(self._read(part, exact and last - first > 1, len(out) > 0 or last < key.shape[2]))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
-    # When tokens leave.
-
-    def _parts(self, count: int, valid: Tensor | None) -> Iterator[tuple[int, int, list[int | None]]]:
-        """`(first, last, targets)` of the parts in which `count` tokens go in; see `_leave`."""
-        batch, rule = len(self.counted), self.eviction.rule
-        if not self.eviction.counted or not rule.evicts:
-            yield 0, count, self._targets(count) if rule.evicts and count <= DECODING else [None for _ in range(batch)]
-            return
-        block = self.eviction.block(self.share)
-        if valid is None:
-            before = [[self.counted[b] + i for i in range(count)] for b in range(batch)]
-            real = [[True] * count] * batch
-        else:
-            real = valid.tolist()
-            earlier = valid.int().cumsum(1) - valid.int()
-            before = [[self.counted[b] + n for n in row] for b, row in enumerate(earlier.tolist())]
-        starts = {0} | {i for b in range(batch) for i in range(count) if real[b][i] and before[b][i] % block == 0}
-        edges = [*sorted(starts), count]
-        for first, last in itertools.pairwise(edges):
-            targets: list[int | None] = []
-            for b in range(batch):
-                most = self.eviction.budget(before[b][first], self.share)
-                at_edge = real[b][first] and before[b][first] % block == 0
-                targets.append(most - block if at_edge and self.held[b] + block > most else None)
-            yield first, last, targets
-
-    def _targets(self, coming: int) -> list[int | None]:
-        """How many tokens each row shall hold before `coming` more, None where all may stay."""
-        targets: list[int | None] = []
-        for b, held in enumerate(self.held):
-            seen = self.counted[b] + coming
-            if not self.eviction.rule.grows:
-                # The prompt's length, known when the first token is to leave.
-                self.based[b] = self.based[b] or self.counted[b]
-                seen = self.based[b]
-            most = self.eviction.budget(seen, self.share)
-            spare = max(coming, int(most * self.eviction.rule.every))
-            targets.append(most - spare if held + coming > most else None)
-        return targets
-
     def evict(self) -> None:
         """Let go at once what the budget does not allow; otherwise that waits for the next pass."""
-        if self.held and self.eviction.rule.evicts:
-            if not self.eviction.rule.grows:
-                self.based = [self._basis(row) for row in range(len(self.held))]
-            most = [self.eviction.budget(self._basis(row), self.share) for row in range(len(self.held))]
-            self._leave([m if m < held else None for m, held in zip(most, self.held, strict=True)])
-
-    def _basis(self, row: int) -> int:
-        """Tokens seen that a row's budget is a share of: all so far, or those of the prompt."""
-        return self.counted[row] if self.eviction.rule.grows else self.based[row] or self.counted[row]
+        self._leave(self.counts.now())
 
     # How they leave.
 
-    def _leave(self, targets: list[int | None]) -> None:
+    def _leave(self, targets: Targets) -> None:
         """Keep `targets[b]` tokens of every row, all where None."""
         if all(target is None for target in targets):
             return
         stay = self._choose(targets)
         self._keep(stay)
 
-    def _choose(self, targets: list[int | None]) -> Tensor:
+    def _choose(self, targets: Targets) -> Tensor:
         """Which slots stay, bool `[B, Hp, S]`."""
         position = self.marks.read(0, self.slots)["position"].transpose(1, 2)
         used, slots = position >= 0, position.shape[2]
         device = position.device
-        based = [self._basis(row) for row in range(len(self.held))]
+        based = [self.counts.basis(row) for row in range(len(self.counts.held))]
         recents = [max(self.eviction.recents(n), self.window.length) for n in based]
         # The sinks are the first used slots and the recent tokens the last ones, in every head.
         rank = used[:, :1].int().cumsum(-1)
         sinks = max(self.eviction.rule.sinks, self.sinks)
-        edge = torch.tensor([h - r for h, r in zip(self.held, recents, strict=True)], device=device)[:, None, None]
+        edge = torch.tensor([h - r for h, r in zip(self.counts.held, recents, strict=True)], device=device)[
+            :, None, None
+        ]
         kept = used & ((rank <= sinks) | (rank > edge))
         always = kept[:, 0].sum(-1)
         everything = torch.tensor([t is None for t in targets], device=device)
@@ -227,12 +173,12 @@ class EvictingLayer(PackedLayer):
     def _keep(self, stay: Tensor) -> None:
         """Move the slots `stay [B, Hp, S]`, as many in every head of a row, together; they end at the last slot."""
         counts = stay[:, 0].sum(-1)
-        self.held = counts.tolist()
+        self.counts.held = counts.tolist()
         window = self.window.length
-        slots = max(*self.held, window, 1)
+        slots = max(*self.counts.held, window, 1)
         order = torch.where(stay, torch.arange(stay.shape[2], device=stay.device), -1).sort(-1).values[..., -slots:]
         used, index = order >= 0, order.clamp(min=0)
-        room = self._room(slots)
+        room = self.counts.room(slots)
         marks = {n: heads.moved(t, index) for n, t in self.marks.read(0, self.slots).items()}
         marks["position"].masked_fill_(~used.transpose(1, 2), -1)
         self.marks.replace(marks, room)
@@ -253,17 +199,6 @@ class EvictingLayer(PackedLayer):
             self._bits[role] = heads.bits(self.quantizers[role]).to(tensor.device)
         return heads.moved_words(tensor, index, self._bits[role].to(tensor.device))
 
-    def _room(self, slots: int) -> int:
-        """Slots to have memory for: what the layer may hold until the next eviction."""
-        if self.eviction.counted:
-            return max(slots, self.eviction.budget(0, self.share))
-        if not self.eviction.rule.grows:
-            return max(slots, self.eviction.budget(max(self.based), self.share))
-        # One token at a time fills what is spare now and what the budget grows by meanwhile.
-        seen, grown = max(self.counted), min(1.0, self.eviction.keep * self.share)
-        spare = max(1, self.eviction.budget(seen, self.share) - slots)
-        return max(slots, self.eviction.budget(seen + math.ceil(spare / max(1 - grown, 0.1)), self.share))
-
     @property
     def slots(self) -> int:
         """Slots of every row, used or not."""
@@ -278,11 +213,7 @@ class EvictingLayer(PackedLayer):
         position = position_ids.to(torch.int32).expand(batch, -1)
         if valid is not None:
             position = position.masked_fill(~valid, -1)
-            real = valid.sum(1).tolist()
-        else:
-            real = [count] * batch
-        self.counted = [n + m for n, m in zip(self.counted, real, strict=True)]
-        self.held = [n + m for n, m in zip(self.held, real, strict=True)]
+        self.counts.admit(count, valid)
         marks = {"position": position[:, :, None].expand(-1, -1, across)}
         if self.eviction.rule.attention:
             marks["drawn"] = torch.zeros(batch, count, across, device=key.device)
@@ -323,7 +254,7 @@ class EvictingLayer(PackedLayer):
         `mask`: the model's, whose last columns are these tokens.
         """
         used = self.marks.read(0, self.slots)["position"][:, :, 0] >= 0
-        if mask is None and all(n == self.slots for n in self.held):
+        if mask is None and all(n == self.slots for n in self.counts.held):
             return None
         past = self.slots - queries
         if mask is None:
@@ -342,7 +273,7 @@ class EvictingLayer(PackedLayer):
         drawn = None
         if rule.attention:
             kv_heads = len(self.quantizers["key"].layout.widths)
-            drawn = torch.empty(len(self.held), kv_heads, self.slots, device=self.device)
+            drawn = torch.empty(self.batch, kv_heads, self.slots, device=self.device)
         if exact:
             view = with_exact(view, call.key, call.value)
         out = attend_packed(call, view, drawn, rule.decay, own=apart or self.eviction.streaming)
@@ -356,7 +287,7 @@ class EvictingLayer(PackedLayer):
     def _positions(self) -> Tensor:
         position = self.marks.read(0, self.slots)["position"]
         if self.eviction.streaming:
-            if all(n == self.slots for n in self.held):
+            if all(n == self.slots for n in self.counts.held):
                 return torch.arange(self.slots, dtype=torch.int32, device=position.device)[None]
             return ((position[:, :, 0] >= 0).int().cumsum(1) - 1).int()
         return position.transpose(1, 2) if self.by_head else position[:, :, 0]
@@ -365,7 +296,7 @@ class EvictingLayer(PackedLayer):
 
     @property
     def batch(self) -> int:
-        return len(self.held)
+        return len(self.counts.held)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, those of them that are still here. What left before them stays gone."""
@@ -377,12 +308,11 @@ class EvictingLayer(PackedLayer):
         marks = self.marks.read(0, self.slots)["position"].transpose(1, 2)
         newest = marks.amax((1, 2), keepdim=True)
         gone = (marks > newest - removed).sum(-1)
-        self.counted = [max(0, n - removed) for n in self.counted]
-        self.based = [b if c else 0 for b, c in zip(self.based, self.counted, strict=True)]
+        self.counts.forget(removed)
         alike = bool((gone == removed).all())
         # Tokens of the exact window are the same in all heads.
         exact = removed if alike else min(removed, self.window.length)
-        self.held = [n - exact for n in self.held]
+        self.counts.held = [n - exact for n in self.counts.held]
         staying = ((marks >= 0) & (marks <= newest - removed))[..., : self.slots - exact]
         self._cut(exact)
         if not alike:
@@ -407,8 +337,7 @@ class EvictingLayer(PackedLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.marks.select(indices)
-        rows = indices.tolist()
-        self.counted, self.held, self.based = ([x[i] for i in rows] for x in (self.counted, self.held, self.based))
+        self.counts.select(indices.tolist())
 
     def _move(self, device: torch.device | str) -> None:
         super()._move(device)
@@ -424,8 +353,8 @@ class EvictingLayer(PackedLayer):
     def live(self) -> dict[str, Tensor]:
         held = super().live()
         held.update({f"mark.{n}": t for n, t in self.marks.read(0, self.slots).items()})
-        if self.held:
-            held["count"] = torch.tensor([self.counted, self.held, self.based]).T.contiguous()
+        if self.batch:
+            held["count"] = torch.tensor([self.counts.seen, self.counts.held, self.counts.prompt]).T.contiguous()
         return held
 
     def revive(self, tensors: dict[str, Tensor], seen: int, dtype: torch.dtype) -> None:
@@ -449,7 +378,7 @@ class EvictingLayer(PackedLayer):
         if "drawn" in marks and not bool((torch.isfinite(marks["drawn"]) & (marks["drawn"] >= 0)).all()):
             raise ValueError("mark.drawn holds numbers that are not finite or below 0")
         self.marks.append(marks)
-        self.counted, self.held, self.based = (x.tolist() for x in count.T)
+        self.counts.seen, self.counts.held, self.counts.prompt = (x.tolist() for x in count.T)
 
     def survivors(self) -> Tensor:
         """Positions of the tokens held, int32 `[B, H, S]`, -1 where a slot is unused; a copy."""

@@ -29,6 +29,7 @@ class Simulation(SimulatedCache):
 
     def extra(self, layer, key_states, value_states):
         batch, heads, count, _ = key_states.shape
+        self.new = count
         marks = torch.zeros(batch, heads, count, self.EXTRA)
         marks[..., ALIVE] = -1  # not come yet
         for error, size, x, role in (
@@ -45,6 +46,8 @@ class Simulation(SimulatedCache):
 
     def leave(self, layer):
         if self.eviction.keep <= 1:
+            # What the window holds when tokens are let go: before the new ones come.
+            self.exact = int((self.shown[layer][1][0, 0, : -self.new, -1] == 0).sum())
             super().leave(layer)
 
     def leave_before(self, layer, token, new):
@@ -56,6 +59,7 @@ class Simulation(SimulatedCache):
             real = self.real(layer)
             starts = [t for t in range(token + 1, length) for row in real if row[t] and row[:t].sum() % block == 0]
             end = min([*starts, length])
+            self.exact = int((values[0, 0, :token, -1] == 0).sum())
             values[:, :, : max(0, end - self.recent), -1] = 1
 
     def crop(self, tokens_to_remove):
@@ -113,7 +117,7 @@ class Simulation(SimulatedCache):
         positions = self.shown[layer][1][row, 0, :, -3]
         heads = marks.shape[0]
         lists = [[t for t in range(marks.shape[1]) if marks[h, t, ALIVE] > 0] for h in range(heads)]
-        window = self.recent if self.recent else 0
+        window = self.exact
         for h in range(heads):
             mine = lists[h]
             always = set(mine[: max(rule.sinks, self.sinks)]) | set(mine[len(mine) - max(recents, window) :])
