@@ -276,7 +276,7 @@ def streams(model, artifacts, ids, keep, last, policies):
                     "seconds_per_token": seconds,
                 }
             )  # fmt: skip
-            Console().print(f"stream: {name}, {policy}: {nll.mean():.4f} ({base.mean():.4f})", highlight=False)
+            print(f"stream, {name}, {policy}: {nll.mean():.4f} ({base.mean():.4f})", flush=True)
     return {
         "rows": rows, "tokens": ids.shape[1], "last": last, "keep": keep, "stride": stride,
         "recomputed_nll": float(base.mean()),
@@ -407,6 +407,8 @@ def main():
         rows, sequences = [], text(options.samples, options.seq_len)
         for name, artifact in artifacts.items():
             budgets = options.budgets if name != EXACT else options.exact_budgets
+            if not budgets:
+                continue
             found, protocol = quality(model, name, artifact, sequences, budgets, options.batch_size)
             rows += found
             keep("quality", {
