@@ -1,7 +1,7 @@
 """Decoding on a GPU: packed attention beside bf16, one attention step and one step of a whole model.
 
     python bench/decode_gpu.py [--contexts 4096,16384,32768,131072] [--batches 1,8,32] [--bits 2,3,4]
-        [--json bench/results/decode-gpu-NAME.json]
+        [--evicting] [--json bench/results/decode-gpu-NAME.json]
 
 Shape of Llama-3.1-8B with random weights and random codes: 32 layers, 32 query and 8 KV heads of 128. All sides run
 in one process. Baseline: SDPA's FlashAttention backend on a bf16 cache, and FlashAttention 3 or FlashInfer where they
@@ -206,8 +206,14 @@ def attention_rows(shape: Shape, options: argparse.Namespace, device: torch.devi
         pair = quantizers(shape, bits, angles)
         q = torch.randn(batch, shape.query_heads, 1, shape.dim, device=device, dtype=torch.bfloat16)
         positions = torch.arange(length, dtype=torch.int32, device=device)[None]
+        drawn = None
+        if options.evicting:
+            # Every head its own fifth of the tokens; slots of a token side by side, as the cache keeps them.
+            steps = torch.randint(1, 10, (batch, length, shape.heads), device=device)
+            positions = steps.cumsum(1).int().transpose(1, 2)
+            drawn = torch.empty(batch, shape.heads, length, device=device)
         view = view_of(pair, random_rows(pair, batch, length, device), positions, length)
-        return seconds(lambda: packed_attention(q, view, angles, None, scaling), device, options.repeats)
+        return seconds(lambda: packed_attention(q, view, angles, None, scaling, drawn=drawn), device, options.repeats)
 
     for length in options.contexts:
         for batch in options.batches:
@@ -379,6 +385,8 @@ def main() -> None:
     parser.add_argument("--bits", type=numbers, default=[2, 3, 4])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--skip-model", action="store_true", help="only the attention step and the copy")
+    parser.add_argument("--evicting", action="store_true", help="attention steps of evicting layers: positions per "
+                        "head, a fifth of the tokens, and the attention drawn")  # fmt: skip
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true", help="a test of this file on a CPU; its times mean nothing")
     options = parser.parse_args()
@@ -398,7 +406,7 @@ def main() -> None:
             "platform": platform.platform(), "torch": torch.__version__, "cuda": torch.version.cuda,
             "triton": triton.__version__,
         },
-        "shape": vars(shape), "copy_bytes_per_second": bandwidth,
+        "shape": vars(shape), "evicting": options.evicting, "copy_bytes_per_second": bandwidth,
     }  # fmt: skip
     report["attention"] = attention_rows(shape, options, device, bandwidth)
     report["model"] = [] if options.skip_model else model_rows(shape, options, device)
@@ -408,6 +416,7 @@ def main() -> None:
     console.print(f"device copy: {bandwidth / 1e9:.0f} GB/s read and written")
     show(report, console)
     name = "tiny" if options.tiny else gpu.lower().replace(" ", "-")
+    name += "-evicting" if options.evicting else ""
     path = options.json or Path(__file__).parent / "results" / f"decode-gpu-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")

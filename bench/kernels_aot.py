@@ -4,7 +4,8 @@
 
 Every variant is built by the same code that launches it, from tensors of a small cache on the CPU, and compiled by
 Triton and its ptxas. `stack` is the bytes per thread that the registers did not hold (spills); 0 is what the main
-variants must have. The occupancy is what registers and shared memory allow, in warps of a multiprocessor.
+variants must have. `instructions` are those of the whole kernel as it lies in memory: loops once, without padding. The
+occupancy is what registers and shared memory allow, in warps of a multiprocessor.
 """
 
 from __future__ import annotations
@@ -72,18 +73,20 @@ def compile_launch(launch: Any, target: int) -> dict[str, int]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread and stack bytes per thread, read off the cubin by Triton's cuobjdump."""
+    """Registers and stack bytes per thread, and instructions, read off the cubin by Triton's cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text, code = (
+            subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
     found = {name: max(int(n) for n in re.findall(rf"{name}:(\d+)", text)) for name in ("REG", "STACK", "LOCAL")}
-    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"]}
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S[^;]*;", code)
+    return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"], "instructions": len(instructions)}
 
 
 def variants(only: str, match: str = "") -> Iterator[tuple[str, bool, Any]]:
@@ -106,13 +109,14 @@ def main() -> None:
     import triton
 
     rows = []
-    print(f"{'variant':<42}{'sm':>4}{'registers':>11}{'stack':>7}{'shared':>8}{'warps':>7}{'occupancy':>11}")
+    print(f"{'variant':<56}{'sm':>4}{'instructions':>14}{'registers':>11}{'stack':>7}{'shared':>8}{'warps':>7}"
+          f"{'occupancy':>11}")  # fmt: skip
     for name, main_variant, launch in variants(options.only, options.match):
         for target in map(int, options.targets.split(",")):
             used = compile_launch(launch, target)
             rows.append({"variant": name, "main": main_variant, "target": f"sm_{target}", **used})
-            print(f"{name:<42}{target:>4}{used['registers']:>11}{used['stack']:>7}{used['shared']:>8}{used['warps']:>7}"
-                  f"{used['occupancy_warps']:>11}", flush=True)  # fmt: skip
+            print(f"{name:<56}{target:>4}{used['instructions']:>14}{used['registers']:>11}{used['stack']:>7}"
+                  f"{used['shared']:>8}{used['warps']:>7}{used['occupancy_warps']:>11}", flush=True)  # fmt: skip
     report = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "triton": triton.__version__, "torch": torch.__version__, "platform": platform.platform(), "rows": rows,

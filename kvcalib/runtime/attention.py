@@ -50,8 +50,9 @@ def attend_packed(
     if path == "triton":
         from kvcalib.runtime.kernels.attention import packed_attention
 
-        extra = {} if drawn is None else {"drawn": drawn, "decay": decay}
-        return packed_attention(query, view, angles, call.mask, call.scaling, softcap, sink_logits, **extra)
+        return packed_attention(
+            query, view, angles, call.mask, call.scaling, softcap, sink_logits, drawn=drawn, decay=decay
+        )
     rotate = _rotation(call, view, query.dtype)
     log_sums: list[Tensor] = []
     out = chunked_attention(

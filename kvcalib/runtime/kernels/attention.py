@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -11,14 +11,18 @@ from torch import Tensor
 
 from kvcalib.model.angles import Angles
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.kernels.decode import attention_kernel, reduce_kernel
+from kvcalib.runtime.kernels.decode import attention_kernel
+from kvcalib.runtime.kernels.drawn import Drawing, drawn_launch, scratch
 from kvcalib.runtime.kernels.launch import Launch, strides
+from kvcalib.runtime.kernels.reduce import reduce_kernel
 from kvcalib.runtime.kernels.tables import SlotTables, TurnTables, slot_tables, turn_tables
 from kvcalib.runtime.kernels.view import PackedView
 
 WAVES = 4
 MIN_TILES = 4
 REDUCE_AT_ONCE = 16
+# Bytes of raw scores that are kept at once where the attention drawn is asked for (of one query at least).
+SCORES_AT_ONCE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -51,26 +55,71 @@ def packed_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     splits: int | None = None,
+    drawn: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """Softmax attention of `query` over the T + w slots of `view`.
 
     Args:
         query: `[B, Hq, Q, D]`, rotated; the last Q of the slots. float32, float16 or bfloat16: also the dots' type.
-        view: packed rows, sinks, recent window and positions of one layer.
+        view: packed rows, sinks, recent window and positions of one layer. Positions per head,
+            `[B or 1, H, >= T + w]` with any strides, may be -1: that slot is unused, nothing of it is read.
         angles: how keys turn; None where they do not (NoPE).
         mask: None for causal by slot, bool `[B or 1, 1, Q, T + w]` (True attends), or a float to add.
         scaling: factor on the scores.
         softcap: `c * tanh(s / c)` on the scores.
         sink_logits: `[Hq]`, a logit per head that only enlarges the denominator.
         splits: stretches of the packed tokens that run side by side; None chooses by the number of processors.
+        drawn: `[B, H, T + w]` float32, contiguous: overwritten with the attention that each token draws,
+            `sum_q decay ** (Q - 1 - q) * weight_q` over the query heads that share the kv head and the Q queries;
+            0 where a mask hides the token. Same bits on every call.
+        decay: factor, 0 to 1, per query that came later.
 
     Returns:
         `[B, Q, Hq, Dv]` in the dtype of `query`. A row that sees nothing is 0. Same bits on every call.
+
+    Raises:
+        ValueError: `drawn` is not of that shape and type, or `decay` is outside 0 to 1.
     """
-    out, launches = attention_launches(query, view, angles, mask, scaling, softcap, sink_logits, splits)
+    if drawn is None:
+        return _launched(query, view, angles, mask, scaling, softcap, sink_logits, splits, None)
+    batch, query_heads, queries, _ = query.shape
+    Drawing(drawn, decay).check(batch, view.value.layout.widths.shape[0], view.total)
+    block = max(1, SCORES_AT_ONCE // max(1, 4 * batch * query_heads * view.total))
+    outs = []
+    # The last queries come first: they see every token, so what they draw overwrites all of `drawn`.
+    for last in range(queries, 0, -block):
+        first = max(0, last - block)
+        later = queries - last
+        part = None if mask is None else mask[:, :, first:last]
+        seen = view if mask is not None else _without_last(view, later)
+        drawing = Drawing(drawn, decay, later, add=later > 0)
+        outs.append(
+            _launched(query[:, :, first:last], seen, angles, part, scaling, softcap, sink_logits, splits, drawing)
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs[::-1], dim=1)
+
+
+def _launched(
+    query: Tensor, view: PackedView, angles: Angles | None, mask: Tensor | None, scaling: float, softcap: float | None,
+    sink_logits: Tensor | None, splits: int | None, drawing: Drawing | None,
+) -> Tensor:  # fmt: skip
+    out, launches = attention_launches(
+        query, view, angles, mask, scaling, softcap, sink_logits, splits, drawing=drawing
+    )
     for launch in launches:
         launch.run()
     return out
+
+
+def _without_last(view: PackedView, count: int) -> PackedView:
+    """`view` without its last `count` slots."""
+    recent = view.total - view.length - count
+    if count == 0 or view.recent_key is None or view.recent_value is None:
+        return replace(view, length=view.length - count)
+    if recent <= 0:
+        return replace(view, length=view.length + recent, recent_key=None, recent_value=None)
+    return replace(view, recent_key=view.recent_key[:, :recent], recent_value=view.recent_value[:, :recent])
 
 
 def attention_launches(
@@ -83,8 +132,12 @@ def attention_launches(
     sink_logits: Tensor | None = None,
     splits: int | None = None,
     blocks: Blocks | None = None,
+    drawing: Drawing | None = None,
 ) -> tuple[Tensor, list[Launch]]:
-    """The output's tensor and the launches that fill it; arguments as `packed_attention`."""
+    """The output's tensor and the launches that fill it; arguments as `packed_attention`.
+
+    blocks: the tiles, instead of what `blocks_for` says; drawing: where the attention drawn goes.
+    """
     batch, query_heads, queries, dim = query.shape
     heads, value_dim = view.value.layout.widths.shape
     group = query_heads // heads
@@ -115,6 +168,7 @@ def attention_launches(
         mask = mask.expand(batch, 1, queries, view.total)
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     logits = sink_logits if sink_logits is not None else out
+    raw, norms = scratch(drawing, out, group * queries, view.total)
     args = {
         "query": query,
         **strides("q", query, ("sb", 0), ("sh", 1), ("sq", 2)),
@@ -124,7 +178,7 @@ def attention_launches(
         **_exact_args(view, "sink", "s", query), **_exact_args(view, "recent", "r", query),
         "sink_slot": view.sink_slot if view.sink_slot is not None else view.positions,
         **strides("ss", view.sink_slot, ("sb", 0)),
-        "positions": view.positions, "pos_sb": view.positions.stride(0) if view.positions.shape[0] > 1 else 0,
+        **_position_args(view),
         "mask": mask if mask is not None else view.positions,
         **strides("mask", mask, ("sb", 0), ("sq", 2), ("sn", 3)),
         "sink_logits": logits,
@@ -133,11 +187,13 @@ def attention_launches(
         "packed": view.length, "recent": view.total - view.length,
         "sinks": 0 if view.sink_slot is None else view.sink_slot.shape[1],
         "queries": queries, "total_slots": view.total, "split_tiles": split_tiles,
+        "raw": raw, "norms": norms,
     }  # fmt: skip
     constants = {
         "HEADS": heads, "GROUP": group, "DIM": dim, "VALUE_DIM": value_dim,
         "M": blocks.rows, "N": blocks.tokens, "EXACT_N": blocks.exact,
         **_constants(view.key, "K", k_tables, query.dtype), **_constants(view.value, "V", v_tables, query.dtype),
+        "V_BY_HEAD": view.value.scope == "head" or _scales(view) > 1,
         # The groups of values are unrolled; branches on a width read at run time keep each group's loads in its own
         # block, without which Triton 3.6 spills about 100 bytes a thread.
         "V_WIDTH": -1,
@@ -145,19 +201,22 @@ def attention_launches(
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2, "SOFTCAP": softcap is not None,
         "SINKS": view.sink_slot is not None, "RECENT": view.recent_key is not None,
         "SINK_LOGITS": sink_logits is not None, "DIRECT": direct, "SINGLE": queries == 1,
-        "WIDEN": triton.knobs.runtime.interpret,
+        "WIDEN": triton.knobs.runtime.interpret, "PER_HEAD": view.positions.dim() == 3, "DRAWN": drawing is not None,
     }  # fmt: skip
     launches = [Launch(attention_kernel, (programs, stretches), args, constants, blocks.warps)]
     if not direct:
         reduce_args = {
             "partial": partial, "peaks": peaks, "out": out, "v_channels": v_tables.channel, "sink_logits": logits,
-            "queries": queries, "splits": stretches,
+            "queries": queries, "splits": stretches, "norms": norms,
         }  # fmt: skip
         reduce_constants = {
             "HEADS": heads, "GROUP": group, "VALUE_DIM": value_dim, "PADDED": triton.next_power_of_2(value_dim),
             "M": blocks.rows, "AT_ONCE": REDUCE_AT_ONCE, "SINK_LOGITS": sink_logits is not None,
+            "DRAWN": drawing is not None,
         }  # fmt: skip
         launches.append(Launch(reduce_kernel, (batch * query_heads * queries,), reduce_args, reduce_constants, 4))
+    if drawing is not None:
+        launches.append(drawn_launch(drawing, raw, norms, group, causal=mask is None))
     return out, launches
 
 
@@ -165,6 +224,14 @@ def attention_launches(
 def processors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; a few for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _position_args(view: PackedView) -> dict[str, Tensor | int]:
+    positions = view.positions
+    return {
+        "positions": positions, "pos_sb": positions.stride(0) if positions.shape[0] > 1 else 0,
+        "pos_sh": positions.stride(1) if positions.dim() == 3 else 0, "pos_sn": positions.stride(-1),
+    }  # fmt: skip
 
 
 def _row_args(view: PackedView, name: str, short: str) -> dict[str, Tensor | int]:
@@ -185,6 +252,12 @@ def _group_args(view: PackedView, name: str, absent: Tensor) -> dict[str, Tensor
     tensor = view.rows.get(f"value.{name}")
     present = absent if tensor is None else tensor
     return {f"v_{name}": present, **strides(f"v{name[0]}", tensor, ("sb", 0), ("st", 1))}
+
+
+def _scales(view: PackedView) -> int:
+    """Zeros and scales of one token: a cache may keep the token's one for every head, so that heads can part."""
+    zero = view.rows.get("value.zero")
+    return 1 if zero is None else zero.shape[2]
 
 
 def _exact_args(view: PackedView, name: str, short: str, absent: Tensor) -> dict[str, Tensor | int]:

@@ -5,6 +5,8 @@ keys get their codes and errors, and the largest weighted errors are the outlier
 holds all but n elements, from the n + 1 smallest and n + 1 largest. Then it fills the row word by word: the fields of a
 word, wherever their channels are, are quantized again and shifted into place, so any layout packs alike.
 
+Asked for, the residue: of the first pass's codes, decoded as `Quantizer.decode` would, the squared error of each head.
+
 The result is that of `Quantizer.encode`, bit for bit: same midpoints, same rounding of zero and scale, IEEE division.
 Among equal errors of keys the lower index is the outlier, where `torch.topk` leaves the choice open.
 """
@@ -22,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.kernels.decode import narrow
+from kvcalib.runtime.kernels.arithmetic import narrow
 from kvcalib.runtime.kernels.launch import Launch, strides
 from kvcalib.runtime.kernels.tables import encode_tables
 
@@ -66,6 +68,30 @@ def _store_outliers(index, value, x, chosen, number, group, COUNT: tl.constexpr,
 
 
 @triton.jit
+def _store_residue(residue, to_head, to_sum, x, decoded, live, element, group, DIM: tl.constexpr, GROUPS: tl.constexpr,
+                   HEADS: tl.constexpr):  # fmt: skip
+    """Sums of `(x - decoded)**2` and `x**2` of each head, from elements by group: a head each, or all in one."""
+    gap = x - decoded
+    gap = tl.where(live, gap * gap, 0.0)
+    size = tl.where(live, x * x, 0.0)
+    if GROUPS == HEADS:
+        to = residue + group * to_head
+        tl.store(to, tl.sum(gap, 1)[:, None], mask=group < GROUPS)
+        tl.store(to + to_sum, tl.sum(size, 1)[:, None], mask=group < GROUPS)
+    else:
+        for head in range(HEADS):
+            mine = element // DIM == head
+            tl.store(residue + head * to_head, tl.sum(tl.sum(tl.where(mine, gap, 0.0), 1), 0))
+            tl.store(residue + head * to_head + to_sum, tl.sum(tl.sum(tl.where(mine, size, 0.0), 1), 0))
+
+
+@triton.jit
+def _stored(x, value, LIMIT: tl.constexpr):
+    """float32 `x` as `value` points to it: rounded to that type, at most LIMIT."""
+    return narrow(tl.clamp(x, -LIMIT, LIMIT), value.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _pack(
     x_row, x_sh, words, zeros, scales, middle, fields, RELATIVE: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
     BITS: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -93,35 +119,43 @@ def _pack(
 
 @triton.jit
 def _encode_keys(
-    x_row, x_sh, words, index, value, middle, book, weight, fields,
+    x_row, x_sh, words, index, value, middle, book, weight, fields, residue, to_head, to_sum,
     DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
-    WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, RESIDUE: tl.constexpr,
 ):  # fmt: skip
-    if OUTLIERS > 0:
+    if OUTLIERS > 0 or RESIDUE:
         group = tl.arange(0, GROUPS_PADDED)[:, None]
         number = tl.arange(0, SIZE_PADDED)[None, :]
         live = (group < GROUPS) & (number < SIZE)
         element = tl.where(live, group * SIZE + number, 0)
         x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
         code = _code(x, element, middle, live, BITS, LEVELS)
-        gap = x - tl.load(book + element * LEVELS + code)
-        error = gap * gap * tl.load(weight + element)
-        # Of equal errors the lower index ranks higher.
-        rank = tl.where(live, _ranked(error, 0x7FFFFFFF - number), LOWEST + 1)
-        for _ in range(OUTLIERS):
-            top = tl.max(rank, 1)
-            rank = tl.where(rank == top[:, None], LOWEST, rank)
-        _store_outliers(index, value, x, live & (rank == LOWEST), number, group, OUTLIERS, LIMIT)
+        centroid = tl.load(book + element * LEVELS + code)
+        if OUTLIERS > 0:
+            gap = x - centroid
+            error = gap * gap * tl.load(weight + element)
+            # Of equal errors the lower index ranks higher.
+            rank = tl.where(live, _ranked(error, 0x7FFFFFFF - number), LOWEST + 1)
+            for _ in range(OUTLIERS):
+                top = tl.max(rank, 1)
+                rank = tl.where(rank == top[:, None], LOWEST, rank)
+            chosen = live & (rank == LOWEST)
+            _store_outliers(index, value, x, chosen, number, group, OUTLIERS, LIMIT)
+            if RESIDUE:
+                centroid = tl.where(chosen, _stored(x, value, LIMIT), centroid)
+        if RESIDUE:
+            heads: tl.constexpr = GROUPS * SIZE // DIM
+            _store_residue(residue, to_head, to_sum, x, centroid, live, element, group, DIM, GROUPS, heads)
     _pack(x_row, x_sh, words, book, book, middle, fields, False, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
 
 
 @triton.jit
 def _encode_values(
-    x_row, x_sh, words, index, value, zeros, scales, middle, fields,
+    x_row, x_sh, words, index, value, zeros, scales, middle, fields, book, residue, to_head, to_sum,
     DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
-    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, WINDOWS: tl.constexpr,
+    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
 ):  # fmt: skip
     group = tl.arange(0, GROUPS_PADDED)[:, None]
     number = tl.arange(0, SIZE_PADDED)[None, :]
@@ -146,33 +180,55 @@ def _encode_values(
         upper = tl.where(window == OUTLIERS - j, _unranked(most), upper)
         from_above = tl.where(falling == most, j, from_above)
         falling = tl.where(falling == most, LOWEST, falling)
+    if GROUPS_PADDED > GROUPS:
+        # Rows of no group hold no numbers, which the interpreter's argmin refuses.
+        upper = tl.where(group < GROUPS, upper, 0.0)
+        lower = tl.where(group < GROUPS, lower, 0.0)
     start = tl.argmin(upper - lower, 1)[:, None]
     low = tl.sum(tl.where(window == start, lower, 0.0), 1)[:, None]
     high = tl.sum(tl.where(window == start, upper, 0.0), 1)[:, None]
     kind: tl.constexpr = zeros.dtype.element_ty
     there = group < GROUPS
-    tl.store(zeros + group, narrow(tl.clamp((low + high) * 0.5, -LIMIT, LIMIT), kind), mask=there)
-    tl.store(scales + group, narrow(tl.clamp((high - low) * 0.5, -LIMIT, LIMIT), kind), mask=there)
+    zero = narrow(tl.clamp((low + high) * 0.5, -LIMIT, LIMIT), kind)
+    scale = narrow(tl.clamp((high - low) * 0.5, -LIMIT, LIMIT), kind)
+    if COPIES == 1:
+        tl.store(zeros + group, zero, mask=there)
+        tl.store(scales + group, scale, mask=there)
+    else:
+        for copy in range(COPIES):
+            tl.store(zeros + group + copy, zero, mask=there)
+            tl.store(scales + group + copy, scale, mask=there)
     if OUTLIERS > 0:
         chosen = live & ((from_below < start) | (from_above < OUTLIERS - start))
         _store_outliers(index, value, x, chosen, number, group, OUTLIERS, LIMIT)
+    if RESIDUE:
+        zero = zero.to(tl.float32)
+        scale = scale.to(tl.float32)
+        code = _code(tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), element, middle, live, BITS, LEVELS)
+        decoded = zero + scale * tl.load(book + element * LEVELS + code)
+        if OUTLIERS > 0:
+            decoded = tl.where(chosen, _stored(x, value, LIMIT), decoded)
+        heads: tl.constexpr = GROUPS * SIZE // DIM
+        _store_residue(residue, to_head, to_sum, x, decoded, live, element, group, DIM, GROUPS, heads)
     # Other threads of this program read zero and scale back.
     tl.debug_barrier()
     _pack(x_row, x_sh, words, zeros, scales, middle, fields, True, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
 
 
-@triton.jit(do_not_specialize=["tokens", "x_ksb", "x_kst", "x_vsb", "x_vst"])
+@triton.jit(do_not_specialize=["tokens", "x_ksb", "x_kst", "x_vsb", "x_vst", "rk_sb", "rk_st", "rv_sb", "rv_st"])
 def encode_kernel(
     key, x_ksb, x_kst, x_ksh, value, x_vsb, x_vst, x_vsh, tokens,
     k_words, kw_sb, kw_st, k_index, ki_sb, ki_st, k_exact, kx_sb, kx_st,
     v_words, vw_sb, vw_st, v_index, vi_sb, vi_st, v_exact, vx_sb, vx_st, v_zero, vz_sb, vz_st, v_scale, vs_sb, vs_st,
-    k_middle, k_book, k_weight, k_fields, v_middle, v_fields, LIMIT: tl.constexpr, AT_ONCE: tl.constexpr,
+    k_middle, k_book, k_weight, k_fields, v_middle, v_fields,
+    v_book, k_residue, rk_sb, rk_st, rk_sh, rk_sx, v_residue, rv_sb, rv_st, rv_sh, rv_sx,
+    LIMIT: tl.constexpr, AT_ONCE: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUPS: tl.constexpr, K_SIZE: tl.constexpr, K_GROUPS_PADDED: tl.constexpr,
     K_SIZE_PADDED: tl.constexpr, K_BITS: tl.constexpr, K_LEVELS: tl.constexpr, K_OUTLIERS: tl.constexpr,
     K_WORDS: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUPS: tl.constexpr, V_SIZE: tl.constexpr, V_GROUPS_PADDED: tl.constexpr,
     V_SIZE_PADDED: tl.constexpr, V_BITS: tl.constexpr, V_LEVELS: tl.constexpr, V_OUTLIERS: tl.constexpr,
-    V_WORDS: tl.constexpr, WINDOWS: tl.constexpr,
+    V_WORDS: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * tokens, 2), the second axis K or V."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
@@ -181,22 +237,28 @@ def encode_kernel(
         _encode_keys(
             key + batch * x_ksb + t * x_kst, x_ksh, k_words + batch * kw_sb + t * kw_st,
             k_index + batch * ki_sb + t * ki_st, k_exact + batch * kx_sb + t * kx_st,
-            k_middle, k_book, k_weight, k_fields,
+            k_middle, k_book, k_weight, k_fields, k_residue + batch * rk_sb + t * rk_st, rk_sh, rk_sx,
             K_DIM, K_GROUPS, K_SIZE, K_GROUPS_PADDED, K_SIZE_PADDED, K_BITS, K_LEVELS, K_OUTLIERS, LIMIT,
-            K_WORDS, AT_ONCE,
+            K_WORDS, AT_ONCE, RESIDUE,
         )  # fmt: skip
     else:
         _encode_values(
             value + batch * x_vsb + t * x_vst, x_vsh, v_words + batch * vw_sb + t * vw_st,
             v_index + batch * vi_sb + t * vi_st, v_exact + batch * vx_sb + t * vx_st,
             v_zero + batch * vz_sb + t * vz_st, v_scale + batch * vs_sb + t * vs_st, v_middle, v_fields,
+            v_book, v_residue + batch * rv_sb + t * rv_st, rv_sh, rv_sx,
             V_DIM, V_GROUPS, V_SIZE, V_GROUPS_PADDED, V_SIZE_PADDED, V_BITS, V_LEVELS, V_OUTLIERS, LIMIT,
-            V_WORDS, AT_ONCE, WINDOWS,
+            V_WORDS, AT_ONCE, WINDOWS, COPIES, RESIDUE,
         )  # fmt: skip
 
 
 def packed_encode(
-    key: Tensor, value: Tensor, key_quantizer: Quantizer, value_quantizer: Quantizer, rows: dict[str, Tensor]
+    key: Tensor,
+    value: Tensor,
+    key_quantizer: Quantizer,
+    value_quantizer: Quantizer,
+    rows: dict[str, Tensor],
+    residue: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Quantize `key, value [B, t, H, D]` (keys un-rotated) into `rows`, tensor by tensor as `Quantizer.encode` would.
 
@@ -205,18 +267,31 @@ def packed_encode(
         key_quantizer, value_quantizer: of the layer.
         rows: where they go, as in `PackedView.rows` but of the new tokens only: `key.words [B, t, W]` and so on, views
             into the cache's buffers. Their type (float16 or bfloat16) is the type of exact elements, zero and scale.
+            `value.zero` and `value.scale` may have H groups where the quantizer has one for the token and no outliers:
+            every head then gets the same number.
+        residue: of keys and of values, float32 `[B, t, H, 2]` with any strides: overwritten with `|x - x^|**2` and
+            `|x|**2` of each token and head, x^ what `Quantizer.decode` makes of the rows.
+
+    Raises:
+        ValueError: a tensor of `residue`, or zero and scale, is not of that shape and type.
     """
-    encode_launch(key, value, key_quantizer, value_quantizer, rows).run()
+    encode_launch(key, value, key_quantizer, value_quantizer, rows, residue).run()
 
 
 def encode_launch(
-    key: Tensor, value: Tensor, key_quantizer: Quantizer, value_quantizer: Quantizer, rows: dict[str, Tensor]
+    key: Tensor,
+    value: Tensor,
+    key_quantizer: Quantizer,
+    value_quantizer: Quantizer,
+    rows: dict[str, Tensor],
+    residue: tuple[Tensor, Tensor] | None = None,
 ) -> Launch:
     """The launch that fills `rows`; arguments as `packed_encode`."""
     key = key if key.stride(-1) == 1 else key.contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
     batch, tokens = key.shape[:2]
     exact = rows["value.zero"]
+    copies = _copies(value_quantizer, rows)
     k_tables, v_tables = (encode_tables(q, key.device) for q in (key_quantizer, value_quantizer))
     args = {
         "key": key, **strides("x", key, ("ksb", 0), ("kst", 1), ("ksh", 2)),
@@ -226,13 +301,44 @@ def encode_launch(
         "v_scale": rows["value.scale"], **strides("vs", rows["value.scale"], ("sb", 0), ("st", 1)),
         "k_middle": k_tables.middle, "k_book": k_tables.centroids, "k_weight": k_tables.weight,
         "k_fields": k_tables.fields, "v_middle": v_tables.middle, "v_fields": v_tables.fields,
+        "v_book": v_tables.centroids, **_residue_args(key, value, residue),
     }  # fmt: skip
     constants = {
         "LIMIT": torch.finfo(exact.dtype).max, "AT_ONCE": WORDS_AT_ONCE,
         **_shape(key_quantizer, "K"), **_shape(value_quantizer, "V"),
-        "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1),
+        "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1), "COPIES": copies,
+        "RESIDUE": residue is not None,
     }  # fmt: skip
     return Launch(encode_kernel, (batch * tokens, 2), args, constants, warps=4)
+
+
+def _copies(quantizer: Quantizer, rows: dict[str, Tensor]) -> int:
+    """How often each zero and scale is stored: once, or once for every head."""
+    heads = quantizer.layout.widths.shape[0]
+    may = {quantizer.groups} if quantizer.outliers else {quantizer.groups, heads}
+    for name in ("zero", "scale"):
+        found = rows[f"value.{name}"].shape[2]
+        if found not in may:
+            raise ValueError(
+                f"rows['value.{name}'] has {found} groups a token, expected {' or '.join(map(str, sorted(may)))} for a "
+                f"quantizer of scope {quantizer.scope!r} with {heads} heads and {quantizer.outliers} outliers"
+            )
+    return int(rows["value.zero"].shape[2] // quantizer.groups)
+
+
+def _residue_args(key: Tensor, value: Tensor, residue: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    for name, short, x, number in (("key", "k", key, 0), ("value", "v", value, 1)):
+        tensor = None if residue is None else residue[number]
+        expected = (*x.shape[:3], 2)
+        if tensor is not None and (tensor.shape != expected or tensor.dtype != torch.float32):
+            raise ValueError(
+                f"residue of {name}s is {tensor.dtype} {list(tensor.shape)}, expected float32 {list(expected)}: "
+                "batch, tokens, kv heads, error and size"
+            )
+        args[f"{short}_residue"] = x if tensor is None else tensor
+        args.update(strides(f"r{short}", tensor, ("sb", 0), ("st", 1), ("sh", 2), ("sx", 3)))
+    return args
 
 
 def _targets(rows: dict[str, Tensor], name: str, short: str, absent: Tensor) -> dict[str, Any]:

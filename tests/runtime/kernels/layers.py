@@ -96,6 +96,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     room: int = 7
     base: float = 10000.0
+    per_head: bool = False
 
     def __str__(self):
         plain = Case()
@@ -130,14 +131,26 @@ class Layer:
 
 
 def rotated(keys: Tensor, positions: Tensor, angles: Angles) -> Tensor:
-    """`keys [B, T, H, D]` turned to `positions [B, T]`, float64."""
-    angle = positions.double()[:, :, None, None] * angles.frequency
+    """`keys [B, T, H, D]` turned to `positions [B, T]` or `[B, H, T]`, float64."""
+    by_head = positions[:, :, None] if positions.dim() == 2 else positions.transpose(1, 2)
+    angle = by_head.double()[..., None] * angles.frequency
     cos, sin = angle.cos(), angle.sin()
     a, b = keys[..., angles.first].double(), keys[..., angles.second].double()
     out = torch.empty(keys.shape, dtype=torch.float64)
     out[..., angles.first] = angles.scale.double() * (a * cos - b * sin)
     out[..., angles.second] = angles.scale.double() * (b * cos + a * sin)
     return out
+
+
+def positions_per_head(case: Case, first: Tensor, generator: torch.Generator) -> Tensor:
+    """`[B, H, T + w]` as eviction leaves them: every head's own tokens, ascending; -1 in slots before `first [B]`."""
+    total = case.length + case.recent
+    steps = torch.randint(1, 2 * case.stride + 60, (case.batch, total, case.heads), generator=generator)
+    positions = torch.full((case.batch, total + case.room, case.heads), 7, dtype=torch.int32)
+    positions[:, :total] = (case.start + steps.cumsum(1)).int()
+    for b, unused in enumerate(first.tolist()):
+        positions[b, :unused] = -1
+    return positions.transpose(1, 2)[..., :total]
 
 
 def make_layer(case: Case, seed: int = 0) -> Layer:
@@ -173,6 +186,8 @@ def make_layer(case: Case, seed: int = 0) -> Layer:
     view = PackedView(key=key, value=value, rows=rows, length=c.length, positions=positions)
     if c.mask == "causal":
         view.positions = positions[:1]
+    if c.per_head:
+        view.positions = positions_per_head(c, first, generator)
     if c.sinks:
         # One row of the batch has a sink less, the slots are not in order.
         slots = torch.stack([torch.randperm(c.length, generator=generator)[: c.sinks] for _ in range(c.batch)]).int()
@@ -202,12 +217,12 @@ def make_layer(case: Case, seed: int = 0) -> Layer:
     return Layer(query, view, angles, mask, c.softcap, logits, read["key"], read["value"], allowed)
 
 
-def reference(layer: Layer, keys: Tensor | None = None) -> Tensor:
-    """Attention in float64, `[B, Q, Hq, D]`."""
-    positions = layer.view.positions.expand(layer.query.shape[0], -1)
-    keys = rotated(layer.keys if keys is None else keys, positions, layer.angles)
-    group = layer.query.shape[1] // keys.shape[2]
-    keys, values = (x.double().transpose(1, 2).repeat_interleave(group, 1) for x in (keys, layer.values))
+def weights_of(layer: Layer, keys: Tensor | None = None) -> Tensor:
+    """Softmax weights in float64, `[B, Hq, Q, T + w]`; 0 in rows that see nothing."""
+    positions = layer.view.positions
+    keys = rotated(layer.keys if keys is None else keys, positions.expand(len(layer.query), *positions.shape[1:]),
+                   layer.angles)  # fmt: skip
+    keys = keys.transpose(1, 2).repeat_interleave(layer.query.shape[1] // keys.shape[2], 1)
     scores = layer.query.double() @ keys.mT * layer.scaling
     if layer.softcap is not None:
         scores = layer.softcap * torch.tanh(scores / layer.softcap)
@@ -217,5 +232,11 @@ def reference(layer: Layer, keys: Tensor | None = None) -> Tensor:
     if layer.sink_logits is not None:
         extra = layer.sink_logits.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, extra], -1)
-    weights = scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
+    return scores.softmax(-1).nan_to_num(0.0)[..., : keys.shape[2]]
+
+
+def reference(layer: Layer, keys: Tensor | None = None) -> Tensor:
+    """Attention in float64, `[B, Q, Hq, D]`."""
+    weights = weights_of(layer, keys)
+    values = layer.values.double().transpose(1, 2).repeat_interleave(layer.query.shape[1] // layer.values.shape[2], 1)
     return (weights @ values).transpose(1, 2)

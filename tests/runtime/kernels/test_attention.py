@@ -37,6 +37,9 @@ CASES = [
     Case(style="part", start=70_000, **MIXED),
     Case(style="none"),
     Case(style="scaled", start=999_999, base=500_000.0),
+    *[Case(per_head=True, mask=m, queries=q, **MIXED) for m in ("causal", "bool") for q in (1, 5)],
+    Case(per_head=True, sinks=3, recent=20, queries=3, mask="float", softcap=5.0, sink_logits=True, group=3),
+    Case(per_head=True, start=1_000_000, stride=200, batch=1, recent=4, style="interleaved"),
 ]
 
 
@@ -110,6 +113,36 @@ def test_positions_in_any_order(device):
     layer = make_layer(Case(batch=1, **MIXED))
     generator = torch.Generator().manual_seed(5)
     layer.view.positions = torch.randint(0, 2_000_000, (1, 65), generator=generator, dtype=torch.int32)
+    assert error(attend(layer, device), reference(layer)) < 3e-6
+
+
+@pytest.mark.parametrize("how", ["dense", "every second", "one row for all"])
+def test_positions_per_head_may_have_any_strides(device, how):
+    layer = make_layer(Case(per_head=True, recent=3))
+    layer.view.positions = {
+        "dense": layer.view.positions.contiguous(),
+        "every second": layer.view.positions.repeat_interleave(2, 2)[..., ::2],
+        "one row for all": layer.view.positions[1:],
+    }[how]
+    assert error(attend(layer, device), reference(layer)) < 3e-6
+
+
+def test_nothing_of_an_unused_slot_is_read(device):
+    """Rows of slots at position -1 hold no numbers; they would reach the sums as 0 * NaN."""
+    layer = make_layer(Case(per_head=True, mask="bool", queries=2, outliers=2))
+    unused = int((layer.view.positions[1, 0] == -1).sum())
+    assert unused == 3
+    for rows in layer.view.rows.values():
+        rows[1, :unused] = torch.nan if rows.is_floating_point() else -1 if rows.dtype == torch.int32 else 200
+    assert error(attend(layer, device), reference(layer)) < 3e-6
+
+
+def test_scales_of_a_token_may_be_kept_per_head(device):
+    """Artifacts with a scale per token: eviction keeps one for every head's token, and heads part."""
+    layer = make_layer(Case(outliers=0))
+    layer.view.value = replace(layer.view.value, scope="token")
+    assert layer.view.rows["value.scale"].shape[2] == 2
+    assert not torch.equal(layer.view.rows["value.scale"][..., 0], layer.view.rows["value.scale"][..., 1])
     assert error(attend(layer, device), reference(layer)) < 3e-6
 
 

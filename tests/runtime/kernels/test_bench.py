@@ -14,13 +14,16 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_tiny_mode_fills_every_field(tmp_path):
+@pytest.mark.parametrize("evicting", [False, True])
+def test_tiny_mode_fills_every_field(tmp_path, evicting):
     command = [sys.executable, "bench/decode_gpu.py", "--tiny", "--json", str(tmp_path / "r.json")]
+    command += ["--evicting", "--skip-model"] if evicting else []
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
-    for kind in ("attention", "model"):
+    assert report["evicting"] == evicting
+    for kind in ("attention",) if evicting else ("attention", "model"):
         assert [(r["context"], r["batch"], r["bits"]) for r in report[kind]] == [
             (40, b, w) for b in (1, 2) for w in (2, 3)
         ]

@@ -1,5 +1,7 @@
 """The encode kernel writes what `Quantizer.encode` gives, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -83,3 +85,88 @@ def test_constant_and_huge_tokens(device):
     found, expected = encode(case, key, value, device)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def residue_of(quantizer, rows, x):
+    """Error and size of each token and head in float64, from what `Quantizer.decode` makes of the rows."""
+    batch, tokens, heads, dim = x.shape
+    decoded = quantizer.decode({n: t.flatten(0, 1) for n, t in rows.items()}).view(batch, tokens, heads, dim).double()
+    x = x.double()
+    return torch.stack([(x - decoded).square().sum(-1), x.square().sum(-1)], -1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(key_bits=2, value_bits=2),
+        Case(key_bits="mixed", value_bits="free", scope="token", outliers=7, heads=3, dim=96),
+        Case(key_bits="free", value_bits="free", dim=80, heads=3, segment="row", dtype=torch.bfloat16),
+        Case(outliers=0, heads=3, dtype=torch.float16),
+        Case(outliers=0, heads=3, scope="token"),
+        Case(outliers=0, heads=1),
+    ],
+    ids=str,
+)
+def test_residue_is_the_error_of_what_is_stored(case, device):
+    from kvcalib.runtime.kernels.encode import packed_encode
+
+    generator = torch.Generator().manual_seed(3)
+    key, value = (
+        torch.randn(2, case.heads, 3, case.dim, generator=generator).to(case.dtype).transpose(1, 2) for _ in range(2)
+    )
+    value[1, 2] = 0.5
+    value[1, 1, -1, 9] = 300.0
+    pair = quantizers(case)
+    exact = torch.bfloat16 if case.dtype == torch.bfloat16 else torch.float16
+    _, plain = buffers(pair, exact, 2, 3, device)
+    packed_encode(key.to(device), value.to(device), *pair, plain)
+    _, rows = buffers(pair, exact, 2, 3, device)
+    # One dense, one a view: heads outside tokens, as a cache may keep it.
+    found = torch.full((2, 3, case.heads, 2), torch.nan, device=device)
+    other = torch.full((2, case.heads, 3, 2), torch.nan, device=device).transpose(1, 2)
+    packed_encode(key.to(device), value.to(device), *pair, rows, (found, other))
+    for name, quantizer, x, residue in (("key", pair[0], key, found), ("value", pair[1], value, other)):
+        assert all(torch.equal(rows[n], plain[n]) for n in rows)
+        mine = {n.split(".")[1]: t.cpu() for n, t in rows.items() if n.startswith(name)}
+        expected = residue_of(quantizer, mine, x)
+        assert (expected[..., 0] > 1e-3).any()
+        torch.testing.assert_close(residue.cpu().double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_scales_of_a_token_are_copied_for_every_head(device):
+    """Rows of a cache whose heads may part: the token's zero and scale, once for each of them."""
+    from kvcalib.runtime.kernels.encode import packed_encode
+
+    case = Case(outliers=0, heads=3, scope="token")
+    key, value = (torch.randn(1, 4, 3, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    pair = quantizers(case)
+    _, plain = buffers(pair, torch.float16, 1, 4, device)
+    apart = pair[0], replace(pair[1], scope="head")
+    room, rows = buffers(apart, torch.float16, 1, 4, device)
+    residue = torch.empty(2, 1, 4, 3, 2, device=device)
+    packed_encode(key.to(device), value.to(device), *pair, plain)
+    packed_encode(key.to(device), value.to(device), *pair, rows, (residue[0], residue[1]))
+    for name, tensor in plain.items():
+        assert torch.equal(rows[name], tensor.expand_as(rows[name])), name
+    assert rows["value.scale"].shape == (1, 4, 3)
+    for full in room.values():
+        assert (full[:, :2] == 77).all()
+        assert (full[:, 6:] == 77).all()
+    mine = {n.split(".")[1]: t.cpu() for n, t in rows.items() if n.startswith("value")}
+    torch.testing.assert_close(residue[1].cpu().double(), residue_of(apart[1], mine, value), rtol=2e-5, atol=1e-6)
+
+
+def test_what_cannot_be_filled_is_refused(device):
+    from kvcalib.runtime.kernels.encode import packed_encode
+
+    x = torch.zeros(1, 2, 2, 64, device=device)
+    pair = quantizers(Case())
+    _, rows = buffers(pair, torch.float16, 1, 2, device)
+    good, bad = torch.zeros(1, 2, 2, 2, device=device), torch.zeros(1, 2, 2, device=device)
+    with pytest.raises(
+        ValueError, match=r"residue of values is torch.float32 \[1, 2, 2\], expected float32 \[1, 2, 2, 2\]"
+    ):
+        packed_encode(x, x, *pair, rows, (good, bad))
+    token = quantizers(Case(scope="token"))
+    with pytest.raises(ValueError, match=r"rows\['value.zero'\] has 2 groups a token, expected 1 for .* 2 outliers"):
+        packed_encode(x, x, *token, rows)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvcalib.runtime.kernels.attention import attention_launches
+from kvcalib.runtime.kernels.drawn import Drawing
 from kvcalib.runtime.kernels.encode import encode_launch
 from tests.runtime.kernels.layers import Case, make_layer
 
@@ -21,6 +22,11 @@ MAIN = {
     "decode groups": Case(**LLAMA, **MIXED),
     "decode groups, sinks and window": Case(**LLAMA, **MIXED, sinks=4, recent=16),
     "decode groups, mask": Case(**LLAMA, **MIXED, mask="bool"),
+    "decode groups, positions per head": Case(**LLAMA, **MIXED, per_head=True),
+    "decode groups, drawn": Case(**LLAMA, **MIXED),
+    "decode groups, mask, sinks and window, per head, drawn": Case(
+        **LLAMA, **MIXED, mask="bool", sinks=4, recent=16, per_head=True
+    ),
 }
 # Every compile-time branch that MAIN leaves out, several to a variant where they do not touch each other.
 OTHER = {
@@ -33,42 +39,52 @@ OTHER = {
     "decode fp32": Case(**{**LLAMA, "dtype": torch.float32}),
     "few queries": Case(**LLAMA, queries=6),
     "prefill groups": Case(**LLAMA, queries=32, **MIXED, recent=32),
+    "prefill groups, drawn": Case(**LLAMA, queries=32, **MIXED, recent=32),
     "prefill head_dim 256": Case(**{**LLAMA, "dim": 256}, queries=32, mask="bool"),
 }
 
 
-def attention_of(case: Case, splits: int = 2) -> list[Any]:
+def attention_of(case: Case, splits: int = 2, drawn: bool = False) -> list[Any]:
     """The launches of a case, nothing launched."""
     layer = make_layer(case)
-    return attention_launches(
-        layer.query, layer.view, layer.angles, layer.mask, layer.scaling, layer.softcap, layer.sink_logits, splits
-    )[1]
+    x = layer.query, layer.view, layer.angles, layer.mask, layer.scaling, layer.softcap, layer.sink_logits, splits
+    drawing = Drawing(torch.empty(case.batch, case.heads, layer.view.total)) if drawn else None
+    return attention_launches(*x, drawing=drawing)[1]
 
 
-def encode_of(case: Case) -> Any:
+def encode_of(case: Case, residue: bool = False) -> Any:
     """The launch that encodes one token of a case, not launched."""
     layer = make_layer(case)
     x = torch.zeros(1, 1, case.heads, case.dim, dtype=case.dtype)
-    return encode_launch(x, x, layer.view.key, layer.view.value, {n: t[:, :1] for n, t in layer.view.rows.items()})
+    rows = {n: t[:, :1] for n, t in layer.view.rows.items()}
+    to = torch.zeros(2, 1, 1, case.heads, 2)
+    return encode_launch(x, x, layer.view.key, layer.view.value, rows, (to[0], to[1]) if residue else None)
 
 
 ENCODE = {
     "encode": Case(**LLAMA),
     "encode free widths, token scope": Case(**LLAMA, key_bits="free", value_bits="free", scope="token", outliers=3),
     "encode without outliers": Case(**LLAMA, outliers=0),
+    "encode, residue": Case(**LLAMA),
+    "encode free widths, token scope, residue": Case(
+        **LLAMA, key_bits="free", value_bits="free", scope="token", outliers=3
+    ),
 }
 
 
 def names() -> list[str]:
     """Every variant's name."""
-    return [*MAIN, *OTHER, *ENCODE, "reduce"]
+    return [*MAIN, *OTHER, *ENCODE, "reduce", "reduce, drawn", "drawn"]
 
 
 def every_launch() -> Iterator[tuple[str, bool, Callable[[], Any]]]:
     """(name, whether it is a main variant, what makes its launch)."""
     for name, case in {**MAIN, **OTHER}.items():
-        splits = 1 if case.queries > 8 else 2
-        yield name, name in MAIN, lambda case=case, splits=splits: attention_of(case, splits)[0]
+        splits, drawn = 1 if case.queries > 8 else 2, name.endswith("drawn")
+        yield name, name in MAIN, lambda case=case, splits=splits, drawn=drawn: attention_of(case, splits, drawn)[0]
     for name, case in ENCODE.items():
-        yield name, name == "encode", lambda case=case: encode_of(case)
+        residue = name.endswith("residue")
+        yield name, name.startswith("encode,") or name == "encode", lambda c=case, r=residue: encode_of(c, r)
     yield "reduce", True, lambda: attention_of(Case(**LLAMA))[1]
+    for number, name in enumerate(["reduce, drawn", "drawn"]):
+        yield name, True, lambda number=number: attention_of(Case(**LLAMA), drawn=True)[1 + number]
