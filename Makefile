@@ -41,7 +41,7 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels bench-allocation allocate clean
+	bench-decode-gpu bench-kernels bench-allocation bench-eviction allocate clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -103,6 +103,9 @@ bench-kernels: $(DEV)  ## compile every Triton kernel for sm_80 and sm_90; regis
 bench-allocation: $(RUNTIME)  ## where bits go: allocators, uniform splits, random plans (most of an hour)
 	$(BIN)/python bench/allocation.py $(ARGS)
 
+bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time, a stream without end
+	$(BIN)/python bench/eviction.py $(ARGS)
+
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)
 
@@ -131,4 +134,4 @@ $(DEV): $(RUNTIME)
 
 # Commands make temporary files even when nothing is installed anew.
 demo test lint calibrate fisher fit-nuq friendliness allocate build eval bench-kmeans bench-fisher \
-	bench-decode bench-decode-gpu bench-kernels bench-allocation: | .cache/tmp
+	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction: | .cache/tmp

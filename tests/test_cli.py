@@ -202,8 +202,11 @@ def test_eval_writes_the_measures(road, model, data, tmp_path):
     narrow, wide = json.loads((tmp_path / "both.json").read_text())
     for row in (narrow, wide):
         assert set(row) == KEYS | {
-            "artifact", "dtype", "prefill", "protocol", "budget", "long_cache_bits", "step", "adaptive", "host_bytes"
+            "artifact", "dtype", "prefill", "protocol", "budget", "long_cache_bits", "step", "adaptive", "host_bytes",
+            "prompt", "policy", "eviction", "kept", "kept_of_prompt", "overlap", "captured", "seconds_per_token",
+            "fp16_seconds_per_token", "delta_nll_error", "sequence_nll",
         }  # fmt: skip
+        assert row["policy"] is row["prompt"] is None
         assert row["budget"] is None
         assert row["ppl"] == pytest.approx(math.exp(row["nll"]))
         assert row["delta_nll"] == pytest.approx(row["nll"] - row["fp16_nll"])

@@ -1,5 +1,6 @@
 """The `kvcalib` command line."""
 
+from kvcalib.cli import evaluate as evaluate
 from kvcalib.cli.commands import app
 
 __all__ = ["app"]

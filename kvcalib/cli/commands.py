@@ -354,54 +354,6 @@ def tiers(
         print_path("adaptive widths", out)
 
 
-@app.command("eval")
-def evaluate(
-    artifact: Annotated[list[str], typer.Argument(help="Artifact folders or Hub ids.", metavar="ARTIFACT...")],
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or Hub id; default: the one the artifact names.")
-    ] = None,
-    data: DataOption = "builtin",
-    samples: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
-    skip: Annotated[int, typer.Option(min=0, help="Sequences of a file or data set left out at its start.")] = 0,
-    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens kept exact; default: the artifact's.")] = None,
-    recent: Annotated[int | None, typer.Option(min=0, help="Last tokens kept exact; default: the artifact's.")] = None,
-    prefill: Annotated[
-        str, typer.Option(help="quantized, or exact: score the second half after an exact prefill of the first.")
-    ] = "quantized",
-    step: Annotated[
-        int | None, typer.Option(min=1, help="Feed this many tokens a pass, as decoding does; with --adaptive 1.")
-    ] = None,
-    adaptive: Annotated[
-        str | None, typer.Option(help="Measure these adaptive widths too: a folder that `kvcalib tiers` wrote.")
-    ] = None,
-    keep_exact: Annotated[
-        str, typer.Option(help="no, or cpu: an exact copy in host memory, adaptive widths are chosen again.")
-    ] = "no",
-    every: Annotated[int, typer.Option(min=1, help="Tokens from one such choice to the next.")] = 16,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    json: Annotated[Path | None, typer.Option(help="Also write the measures to this file.")] = None,
-    revision: RevisionOption = None,
-    trust_remote_code: RemoteOption = False,
-) -> None:
-    """Perplexity and KLD against the unquantized model, on real packed storage, prompt included."""
-    with errors():
-        quiet_libraries()
-        from kvcalib.runtime.loader import load
-        from kvcalib.stages import evaluate as stage
-
-        settings = make_settings(
-            stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
-            prefill=prefill, step=step, adaptive=adaptive, keep_exact=keep_exact, every=every, dtype=dtype,
-            device=device, batch_size=batch_size, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        loaded = [load(a) for a in artifact]
-        print_evaluations(stage.run(loaded, model or loaded[0].manifest.model.name, settings, json))
-
-
 @app.command()
 def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")]) -> None:
     """What an artifact or a run is: model, calibration, bits and losses by layer."""

@@ -12,7 +12,9 @@ from kvcalib.cli.terminal import out_console
 
 if TYPE_CHECKING:
     from kvcalib.artifact.manifest import Manifest
+    from kvcalib.evaluation.passkey import Passkey
     from kvcalib.evaluation.perplexity import Evaluation
+    from kvcalib.evaluation.summaries import Summaries
     from kvcalib.stages.allocate import Allocation, Widths
     from kvcalib.stages.check import Checked
 
@@ -199,6 +201,24 @@ def print_evaluations(results: list[Evaluation]) -> None:
     if not results:
         return
     first = results[0]
+    if first.prompt is None:
+        _print_perplexities(results)
+    else:
+        _print_continuations(results)
+    _say(
+        f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
+        f"{first.prefill} prefill, model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); "
+        f"{first.protocol}"
+    )
+    for r in results:
+        if r.host_bytes:
+            name = Path(r.adaptive or r.artifact).name
+            _say(f"{name}: on top of this {r.host_bytes / r.seq_len:.0f} bytes per token in host memory")
+
+
+def _print_perplexities(results: list[Evaluation]) -> None:
+    """Every token scored, nothing evicted."""
+    first = results[0]
     table = Table(title="quality and size")
     asked = any(r.budget is not None for r in results)
     columns = (
@@ -226,26 +246,103 @@ def print_evaluations(results: list[Evaluation]) -> None:
     out_console.print(table)
     for r in results:
         if r.budget is not None and r.long_cache_bits is not None and r.effective_bits > r.budget + 0.005:
-            out_console.print(
+            _say(
                 f"{Path(r.artifact).name}: sinks, a recent window and spare room add to the budget in a cache of only "
-                f"{r.seq_len} tokens; a long one has {r.long_cache_bits:.2f} effective bits",
-                highlight=False,
-                soft_wrap=True,
+                f"{r.seq_len} tokens; a long one has {r.long_cache_bits:.2f} effective bits"
             )
-    out_console.print(
-        f"protocol: {first.tokens} tokens in sequences of {first.seq_len}, {first.sinks} sinks, {first.recent} recent, "
-        f"{first.prefill} prefill, model in {first.dtype} (its unquantized cache is the fp16 row, counted at 16 bit); "
-        f"{first.protocol}",
-        highlight=False,
-        soft_wrap=True,
+
+
+def _print_continuations(results: list[Evaluation]) -> None:
+    """Continuations scored after their prompt has been evicted; policies below the artifact that they run on."""
+    first = results[0]
+    evicted = any(r.policy is not None for r in results)
+    table = Table(title="continuations: quality, size and time")
+    columns = (
+        "",
+        "effective\nbits",
+        "bytes\n/ token",
+        "tokens\nkept",
+        "delta\nNLL",
+        "std.\nerror",
+        "KLD",
+        "top-1\n%",
+        "ms\n/ token",
+        *(["heavy\n%", "attn.\n%"] if evicted else []),
     )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    table.add_row(
+        "fp16", "16.00", f"{first.fp16_cache_bytes / first.seq_len:.0f}", str(first.seq_len), "0", "", "0", "100.0",
+        f"{1000 * (first.fp16_seconds_per_token or 0):.2f}", *(["100", "100"] if evicted else []),
+    )  # fmt: skip
     for r in results:
-        if r.host_bytes:
-            out_console.print(
-                f"{Path(r.adaptive or r.artifact).name}: on top of this {r.host_bytes / r.seq_len:.0f} bytes per token "
-                "in host memory",
-                highlight=False,
-            )
+        shares = ["" if share is None else f"{100 * share:.0f}" for share in (r.overlap, r.captured)]
+        table.add_row(
+            _row_name(r.artifact, r.eviction), f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
+            f"{r.kept:.0f}", f"{r.delta_nll:+.4f}", "" if r.delta_nll_error is None else f"{r.delta_nll_error:.4f}",
+            f"{r.kld:.4f}", f"{100 * r.top1_agreement:.1f}", f"{1000 * (r.seconds_per_token or 0):.2f}",
+            *(shares if evicted else []),
+        )  # fmt: skip
+    out_console.print(table)
+    _say(f"perplexity of the unquantized model on the continuations: {_exp(first.fp16_nll):.3f}")
+    if evicted:
+        _say(
+            "effective bits: of the tokens held; bytes: of all tokens that came; heavy: how many of the prompt's "
+            "tokens with the most accumulated exact attention stayed; attn.: how much of the continuation's attention "
+            "to the prompt falls on what stayed; both right after the prompt"
+        )
+
+
+def print_summaries(results: list[Summaries]) -> None:
+    """ROUGE of every trial, the unquantized model first, and the protocol."""
+    table = Table(title="summaries")
+    columns = ("", "effective\nbits", "cache bytes", "tokens\nkept", "ROUGE-1", "ROUGE-2", "ROUGE-L", "same as\nfp16")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for r in results:
+        table.add_row(
+            _row_name(r.artifact, r.eviction), f"{r.effective_bits:.2f}", f"{r.cache_bytes:.0f}", f"{r.kept:.0f}",
+            *(f"{100 * score:.2f}" for score in (r.rouge1, r.rouge2, r.rougeL)), _percent(r.same),
+        )  # fmt: skip
+    out_console.print(table)
+    _say(f"protocol: {results[0].protocol}")
+
+
+def print_passkeys(results: list[Passkey]) -> None:
+    """Retrieval of every trial, the unquantized model first; scores by length; the protocol."""
+    lengths = sorted({cell.length for cell in results[0].cells})
+    table = Table(title="passkey")
+    columns = ("", "tokens\nkept", "cache bytes", "retrieved", "tokens of\nthe key right", "score, nats\nper token")
+    for number, column in enumerate((*columns, *(f"score at\n{length}" for length in lengths))):
+        table.add_column(column, justify="right" if number else "left")
+    for r in results:
+        by_length = [[cell.score for cell in r.cells if cell.length == length] for length in lengths]
+        table.add_row(
+            _row_name(r.artifact, r.eviction), f"{r.kept:.0f}", f"{r.cache_bytes:.0f}", _percent(r.retrieved),
+            _percent(r.digits), f"{r.score:.3f}", *(f"{sum(scores) / len(scores):.3f}" for scores in by_length),
+        )  # fmt: skip
+    out_console.print(table)
+    _say(f"protocol: {results[0].protocol}")
+
+
+def _row_name(path: str | None, eviction: dict[str, Any] | None) -> str:
+    """The artifact's name, or, below it, its policy and budget."""
+    if path is None:
+        return "fp16"
+    if eviction is None:
+        return Path(path).name
+    keep, policy = eviction["keep"], eviction["policy"]
+    if policy == "full":
+        return "  full"
+    return f"  {policy} " + (f"{100 * keep:g} %" if keep <= 1 else f"{keep:g}")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
+
+
+def _say(line: str) -> None:
+    out_console.print(line, highlight=False, soft_wrap=True)
 
 
 def _exp(nll: float) -> float:

@@ -9,12 +9,15 @@ With `step` the text goes through in passes of so many tokens, as decoding does:
 the recent window exactly and all others as stored. Adaptive widths are measured so, beside the artifacts themselves in
 the same steps. Both read the same tokens exactly if the recent window is `step - 1` tokens longer than the window of
 the adaptive widths: all queries that count have then seen a token in the pass before it leaves.
+
+What evicts tokens is measured on continuations, in `continuation.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvcalib.errors import NonFiniteActivations
 from kvcalib.evaluation.divergence import compare_logits
+from kvcalib.evaluation.trials import cache_bytes
 from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.loader import Artifact, Prefill, attach, check_fit, detach, prove
@@ -72,6 +76,17 @@ class Evaluation(BaseModel):
     step: int | None = Field(default=None, description="Tokens of a pass; None: a sequence is one pass, or two.")
     adaptive: str | None = Field(default=None, description="The adaptive widths' folder.")
     host_bytes: float = Field(default=0.0, description="Of one sequence's exact copy in host memory.")
+    prompt: int | None = Field(default=None, description="Tokens that are not scored; see `continuation.py`.")
+    policy: str | None = Field(default=None, description="Eviction policy; None: every token stays.")
+    eviction: dict[str, Any] | None = Field(default=None, description="What `attach` was told of eviction.")
+    kept: float | None = Field(default=None, description="Tokens that a KV head holds at the end, mean over heads.")
+    kept_of_prompt: float | None = Field(default=None, description="The same when the prompt has been evicted.")
+    overlap: float | None = Field(default=None, description="Heavy-hitter overlap; see `heavy_hitters.py`.")
+    captured: float | None = Field(default=None, description="Share of later attention to the prompt that stayed.")
+    seconds_per_token: float | None = Field(default=None, description="Median pass of the continuation, per token.")
+    fp16_seconds_per_token: float | None = Field(default=None, description="The same of the unquantized model.")
+    delta_nll_error: float | None = Field(default=None, description="Standard error of delta_nll over sequences.")
+    sequence_nll: list[float] | None = Field(default=None, description="NLL of each sequence, for paired comparison.")
 
 
 def evaluate(
@@ -116,7 +131,7 @@ def evaluate(
         with torch.no_grad():
             stock = DynamicCache(config=model.config.get_text_config(decoder=True))
             expected = model(input_ids=ids, past_key_values=stock).logits[:, first:].flatten(0, 1)
-            exact_bytes = _exact_bytes(stock) / len(ids)
+            exact_bytes = cache_bytes(stock) / len(ids)
             del stock
             for number, (artifact, widths) in enumerate(measured):
                 chosen = {layer: rotations[layer] for layer in artifact.quantizers}
@@ -146,10 +161,11 @@ def evaluate(
     ]  # fmt: skip
 
 
-def _exact_bytes(cache: DynamicCache) -> float:
-    """Bytes of a stock cache if its elements had 16 bits."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return float(sum(2 * t.numel() for t in tensors if isinstance(t, torch.Tensor)))
+def check_finite(nll: float, exact_nll: float) -> None:
+    """NonFiniteActivations if one of two NLLs is NaN or infinite."""
+    if not (math.isfinite(nll) and math.isfinite(exact_nll)):
+        which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
+        raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
 
 
 def _result(
@@ -168,9 +184,7 @@ def _result(
 ) -> Evaluation:
     positions, predicted = sequences.size, sequences.shape[0] * (sequences.shape[1] - 1)
     nll, exact_nll = total["nll"] / predicted, total["expected_nll"] / predicted
-    if not (math.isfinite(nll) and math.isfinite(exact_nll)):
-        which = "unquantized" if not math.isfinite(exact_nll) else "quantized"
-        raise NonFiniteActivations(f"eval: the {which} model's NLL is not finite; try --dtype float32 or bfloat16")
+    check_finite(nll, exact_nll)
     # Adaptive widths have a budget of their own, not that of the artifact they are attached with.
     default, budget = artifact.manifest.runtime, None if adaptive else artifact.manifest.budget
     return Evaluation(

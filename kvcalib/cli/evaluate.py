@@ -1,0 +1,104 @@
+"""The command `eval`: what an artifact costs, on text, summaries or passkeys, with and without eviction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcalib.cli.commands import app
+from kvcalib.cli.options import (
+    BatchOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    RemoteOption,
+    RevisionOption,
+    SeedOption,
+)
+from kvcalib.cli.tables import print_evaluations, print_passkeys, print_summaries
+from kvcalib.cli.terminal import errors, make_settings, quiet_libraries
+from kvcalib.errors import InputError
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[list[str], typer.Argument(help="Artifact folders or Hub ids.", metavar="ARTIFACT...")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or Hub id; default: the one the artifact names.")
+    ] = None,
+    data: DataOption = "builtin",
+    samples: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
+    skip: Annotated[int, typer.Option(min=0, help="Sequences of a file or data set left out at its start.")] = 0,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First tokens kept exact; default: the artifact's.")] = None,
+    recent: Annotated[
+        float | None,
+        typer.Option(min=0, help="Last tokens kept exact; default: the artifact's. With --keep: that always stay."),
+    ] = None,
+    prefill: Annotated[
+        str, typer.Option(help="quantized, or exact: score the second half after an exact prefill of the first.")
+    ] = "quantized",
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Feed this many tokens a pass, as decoding does; with --adaptive 1, with --keep 8."),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="text, summaries (ROUGE; --data is a .jsonl of article, summary_gt), or passkey.")
+    ] = "text",
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Tokens that stay: below 1 a share of those seen, else a number. Scores continuations."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="Which stay: qhitter (default), h2o, window, qhitter-published, full. May be given again."),
+    ] = None,
+    age_norm: Annotated[
+        bool, typer.Option("--age-norm/--no-age-norm", help="qhitter: attention per query, or the published sum.")
+    ] = True,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Positions within the cache: text without end. Give --keep as well.")
+    ] = False,
+    per: Annotated[str, typer.Option(help="What chooses its own tokens: auto, head or layer.")] = "auto",
+    prompt: Annotated[
+        float | None, typer.Option(help="Share of a sequence that is a prompt, not scored; with --keep 0.75.")
+    ] = None,
+    adaptive: Annotated[
+        str | None, typer.Option(help="Measure these adaptive widths too: a folder that `kvcalib tiers` wrote.")
+    ] = None,
+    keep_exact: Annotated[
+        str, typer.Option(help="no, or cpu: an exact copy in host memory, adaptive widths are chosen again.")
+    ] = "no",
+    every: Annotated[int, typer.Option(min=1, help="Tokens from one such choice to the next.")] = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    batch_size: BatchOption = None,
+    seed: SeedOption = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the measures to this file.")] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+) -> None:
+    """Perplexity and KLD against the unquantized model, on real packed storage; summaries; passkeys; with eviction."""
+    with errors():
+        quiet_libraries()
+        from kvcalib.runtime.loader import load
+        from kvcalib.stages import evaluate as stage
+
+        settings = make_settings(
+            stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
+            prefill=prefill, step=step, adaptive=adaptive, keep_exact=keep_exact, every=every, dtype=dtype,
+            keep=keep, policy=tuple(policy or ()), age_norm=age_norm, streaming=streaming, per=per, prompt=prompt,
+            device=device, batch_size=batch_size, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if task not in stage.TASKS:
+            raise InputError(f"--task is {task!r}, expected one of {', '.join(stage.TASKS)}")
+        loaded = [load(a) for a in artifact]
+        given = (loaded, model or loaded[0].manifest.model.name, settings, json)
+        if task == "summaries":
+            print_summaries(stage.run_summaries(*given))
+        elif task == "passkey":
+            print_passkeys(stage.run_passkey(*given))
+        else:
+            print_evaluations(stage.run(*given))
