@@ -108,6 +108,8 @@ def print_manifest(manifest: Manifest) -> None:
         "value loss",
         "key error",
         "value error",
+        "alpha",
+        "share",
     ):
         table.add_column(column, justify="right")
     for layer in manifest.layers:
@@ -118,6 +120,8 @@ def print_manifest(manifest: Manifest) -> None:
             f"{layer.key.predicted_loss:.2e}", f"{layer.value.predicted_loss:.2e}",
             "" if friendly is None else f"{friendly.key_error:.3f}",
             "" if friendly is None else f"{friendly.value_error:.3f}",
+            "" if friendly is None or friendly.alpha is None else f"{friendly.alpha:.3f}",
+            "" if friendly is None or friendly.share is None else f"{friendly.share:.2f}",
         )  # fmt: skip
     out_console.print(table)
 

@@ -136,6 +136,23 @@ class Eviction:
         tokens = 1 if self.counted else seen
         return max(0.0, (self.keep * share - self.last) * tokens)
 
+    def shared(self, shares: dict[int, float]) -> dict[int, float]:
+        """Shares of the tokens by layer, of the same sum as `shares`, none of them more than all tokens seen.
+
+        What a layer cannot use goes to the others, in proportion.
+        """
+        most = math.inf if self.counted else 1 / self.keep
+        found, left, open_layers = dict(shares), sum(shares.values()), set(shares)
+        while open_layers:
+            rise = left / sum(shares[layer] for layer in open_layers)
+            full = {layer for layer in open_layers if shares[layer] * rise > most}
+            if not full:
+                return found | {layer: shares[layer] * rise for layer in open_layers}
+            found |= dict.fromkeys(full, most)
+            left -= most * len(full)
+            open_layers -= full
+        return found
+
     def describe(self) -> str:
         """What a saved cache remembers: these settings in one line."""
         rule = self.rule

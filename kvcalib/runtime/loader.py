@@ -96,6 +96,7 @@ class Artifact:
             if adaptive is not None:
                 raise ValueError("adaptive widths and eviction are both given; one cache does one of them")
             eviction = eviction.within(longest_context(model))
+            weights = self.weights(eviction, [index for index in self.quantizers if windows[index] is None])
         layers: dict[int, TapLayer] = {}
         for index, pair in self.quantizers.items():
             if windows[index] is not None or (adaptive is None and eviction is None):
@@ -103,8 +104,7 @@ class Artifact:
             elif adaptive is not None:
                 layers[index] = adaptive.layer(index, sinks, recent)
             elif eviction is not None:
-                alpha, share = self.weights(index, eviction)
-                layers[index] = EvictingLayer(pair["key"], pair["value"], eviction, alpha, share, sinks, recent)
+                layers[index] = EvictingLayer(pair["key"], pair["value"], eviction, *weights[index], sinks, recent)
         origin = Origin(
             artifact=self.path.name if self.path else "",
             artifact_sha256=hash_bytes(self.manifest.encode()),
@@ -116,25 +116,33 @@ class Artifact:
         )
         return PackedCache(model.config, layers, origin)
 
-    def weights(self, layer: int, eviction: Eviction) -> tuple[float, float]:
-        """The weight of attention and the share of the tokens (1 on average) that the artifact gives a layer.
+    def weights(self, eviction: Eviction, layers: list[int]) -> dict[int, tuple[float, float]]:
+        """The weight of attention and the share of the tokens (1 on average) of the layers that evict.
 
         Raises:
             ArtifactMismatch: the policy asks for a weight, and the artifact has none.
         """
-        found = next(spec.friendliness for spec in self.manifest.layers if spec.index == layer)
-        alpha, share = (None, None) if found is None else (found.alpha, found.share)
-        if alpha is None:
-            if eviction.rule.weighted and eviction.alpha is None:
+        if not eviction.rule.weighted:
+            # Policies of others are measured as they are: the same number of tokens in every layer.
+            return dict.fromkeys(layers, (1.0, 1.0))
+        alphas, shares = dict.fromkeys(layers, 1.0), dict.fromkeys(layers, 1.0)
+        for spec in self.manifest.layers:
+            found = spec.friendliness
+            if spec.index not in alphas:
+                continue
+            if found is not None and found.share is not None:
+                shares[spec.index] = found.share
+            if found is not None and found.alpha is not None:
+                alphas[spec.index] = found.alpha
+            elif eviction.alpha is None:
                 where = f"artifact {str(self.path)!r}" if self.path else "the artifact"
                 raise ArtifactMismatch(
-                    f"{where}: layer {layer} has no friendliness.alpha, which policy {eviction.rule.name!r} weights "
-                    "attention with; build it anew from a calibration of this version, give an alpha, or take another "
-                    "policy (h2o, window)"
+                    f"{where}: layer {spec.index} has no friendliness.alpha, which policy {eviction.rule.name!r} "
+                    "weights attention with; build it anew from a calibration of this version, give an alpha, or take "
+                    "another policy (h2o, window)"
                 )
-            alpha = 1.0
-        # Policies of others are measured as they are: the same number of tokens in every layer.
-        return alpha, share if share is not None and eviction.rule.weighted else 1.0
+        shares = eviction.shared(shares)
+        return {layer: (alphas[layer], shares[layer]) for layer in layers}
 
     def load_cache(
         self,

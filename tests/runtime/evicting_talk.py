@@ -25,6 +25,7 @@ class Simulation(SimulatedCache):
         super().__init__(config, artifact.quantizers, sinks, recent)
         weighted = eviction.rule.name == "qhitter"
         self.shares = {x.index: x.friendliness.share if weighted else 1.0 for x in artifact.manifest.layers}
+        assert eviction.keep > 1 or eviction.keep * max(self.shares.values()) <= 1
         self.eviction, self.alpha, self.by_head = eviction, alpha, by_head
 
     def extra(self, layer, key_states, value_states):

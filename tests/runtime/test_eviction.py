@@ -1,5 +1,6 @@
 """Settings of eviction: budgets, and messages for what does not go together."""
 
+import itertools
 import math
 
 import pytest
@@ -102,3 +103,17 @@ def test_a_policy_that_asks_for_what_an_old_artifact_lacks(model_and_artifact):
         kvcalib.attach(model, old, keep=0.2)
     kvcalib.attach(model, old, eviction=Eviction(0.2, alpha=0.5))
     kvcalib.detach(model)
+
+
+@given(st.lists(st.floats(0.5, 3), min_size=1, max_size=8), st.floats(0.05, 1))
+def test_what_a_layer_cannot_use_goes_to_the_others(raw, keep):
+    shares = {i: x * len(raw) / sum(raw) for i, x in enumerate(raw)}
+    found = Eviction(keep, policy="h2o").shared(shares)
+    assert sum(found.values()) == pytest.approx(len(raw))
+    assert max(found.values()) <= 1 / keep + 1e-9
+    if max(shares.values()) <= 1 / keep:
+        assert found == pytest.approx(shares)
+    open_layers = [i for i in found if found[i] < 1 / keep - 1e-9]
+    for i, j in itertools.pairwise(open_layers):
+        assert found[i] / found[j] == pytest.approx(shares[i] / shares[j])
+    assert Eviction(100, policy="h2o").shared(shares) == pytest.approx(shares)
