@@ -88,7 +88,7 @@ class Counts:
                 self.prompt[b] = self.basis(b)
             most = self.budget(self.seen[b] + coming if self.eviction.rule.grows else self.prompt[b])
             spare = max(coming, int(most * self.eviction.rule.every))
-            targets.append(most - spare if held + coming > most else None)
+            targets.append(max(0, most - spare) if held and held + coming > most else None)
         return targets
 
     def now(self) -> Targets:

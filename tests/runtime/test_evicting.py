@@ -161,6 +161,15 @@ def test_each_padded_row_is_evicted_as_if_alone(case, eviction, exact):
         assert kept(together, row) == kept(alone)
 
 
+@pytest.mark.parametrize("eviction", [settings("qhitter", keep=0.3), settings("window", keep=9, recent=2)], ids=named)
+@pytest.mark.parametrize("length", range(1, 21))
+def test_short_prompts(case, eviction, length):
+    cache = filled(case(), eviction, tokens(2, length + 3), decode=3)
+    for positions in cache.survivors().values():
+        assert positions.shape[2] <= max(9, length + 3)
+        assert (positions[..., -1] == length + 2).all()
+
+
 def test_heads_keep_tokens_of_their_own_and_never_more_than_the_budget(case):
     eviction = settings("h2o", keep=0.3, recent=0.1)
     cache = filled(case(), eviction, tokens(2, 100), decode=40)
