@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvcalib.runtime.policies import Policy, find
@@ -30,6 +30,7 @@ class Eviction:
         per: "head": each KV head keeps its own tokens; "layer": all keep the same; "auto": per head where the
             artifact's rows allow it.
         alpha: weight of attention in every layer, in place of the artifact's.
+        limit: tokens that no layer may exceed; `within` sets it.
     """
 
     keep: float
@@ -38,6 +39,7 @@ class Eviction:
     streaming: bool = False
     per: Per = "auto"
     alpha: float | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         rule = find(self.policy)
@@ -98,10 +100,16 @@ class Eviction:
         """These settings for a model whose longest context is `context` tokens, None if it does not say.
 
         Raises:
-            ValueError: not even then a share is a workable number of tokens, or streaming needs a number.
+            ValueError: not even then a share is a workable number of tokens, streaming needs a number, or it is more
+                than the model's positions.
         """
         if self.counted:
-            return self
+            if self.streaming and context is not None and self.keep > context:
+                raise ValueError(
+                    f"keep is {self.keep:g} tokens with streaming, expected at most {context}, the longest context "
+                    "that the model's config names: positions are counted within the cache"
+                )
+            return replace(self, limit=context if self.streaming else None)
         if context is None:
             if self.streaming:
                 raise ValueError(
@@ -115,7 +123,7 @@ class Eviction:
         if not self.streaming:
             return self
         recent = max(1, math.floor(self.last * context))
-        return Eviction(tokens, recent, self.policy, True, self.per, self.alpha)
+        return replace(self, keep=tokens, recent=recent, limit=context)
 
     def block(self, share: float) -> int:
         """With a number of tokens: how many go at a time."""
@@ -137,11 +145,11 @@ class Eviction:
         return max(0.0, (self.keep * share - self.last) * tokens)
 
     def shared(self, shares: dict[int, float]) -> dict[int, float]:
-        """Shares of the tokens by layer, of the same sum as `shares`, none of them more than all tokens seen.
+        """Shares of the tokens by layer, of the same sum as `shares`, none more than all tokens seen, or the limit.
 
         What a layer cannot use goes to the others, in proportion.
         """
-        most = math.inf if self.counted else 1 / self.keep
+        most = (self.limit or math.inf) / self.keep if self.counted else 1 / self.keep
         found, left, open_layers = dict(shares), sum(shares.values()), set(shares)
         while open_layers:
             rise = left / sum(shares[layer] for layer in open_layers)

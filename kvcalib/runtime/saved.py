@@ -166,7 +166,7 @@ def _check_together(cache: PackedCache, header: Header, rest: dict[str, Tensor])
     batches = {x.batch if isinstance(x, TapLayer) else x.keys.shape[0] for x in layers}
     rows = [t.shape[0] for t in rest.values()]
     if len(batches) != 1 or any(n not in (1, *batches) for n in rows):
-        raise ValueError(f"its layers are of {sorted(batches)} rows and its positions of {rows}")
+        raise ValueError(f"its layers are of {sorted(batches)} rows and its positions of {rows[0]}")
 
 
 def check_origin(path: Path, saved: Origin, expected: Origin) -> None:

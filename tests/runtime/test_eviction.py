@@ -87,6 +87,8 @@ def test_streaming_without_a_context_asks_for_tokens(model_and_artifact):
     with pytest.raises(ValueError, match="names no longest context"):
         Eviction(0.2, streaming=True).within(None)
     assert Eviction(0.25, streaming=True).within(512).keep == 128
+    with pytest.raises(ValueError, match="keep is 600 tokens with streaming, expected at most 512"):
+        Eviction(600, streaming=True).within(512)
     assert Eviction(0.2).within(None).keep == 0.2
 
 
@@ -117,3 +119,4 @@ def test_what_a_layer_cannot_use_goes_to_the_others(raw, keep):
     for i, j in itertools.pairwise(open_layers):
         assert found[i] / found[j] == pytest.approx(shares[i] / shares[j])
     assert Eviction(100, policy="h2o").shared(shares) == pytest.approx(shares)
+    assert max(Eviction(100, streaming=True).within(200).shared(shares).values()) <= 2 + 1e-9
