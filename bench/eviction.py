@@ -86,8 +86,9 @@ class Shared(Trial):
             with torch.no_grad():
                 session.model(input_ids=ids, past_key_values=self.memo["cache"], logits_to_keep=1)
         cache = copy.deepcopy(self.memo["cache"])
-        for layer in cache.layers:
-            layer.eviction = self.eviction
+        for layer, mine in zip(cache.layers, session.new_cache().layers, strict=True):
+            layer.eviction, layer.share = mine.eviction, mine.share
+            layer.counts.eviction, layer.counts.share = mine.eviction, mine.share
         cache.evict()
         return cache, None
 
