@@ -208,7 +208,8 @@ def decode_times(model, artifact, context, keep, policies=POLICIES, rounds=24, s
                 {
                     "comparison": kind, "policy": name, "keep": budget if name in policies else None,
                     "seconds": clock.seconds, "against_none": clock.seconds / clocks["none"].seconds,
-                    "ordinary_step": statistics.median(clock.ordinary), "steps": len(clock.held),
+                    "ordinary_step": statistics.median(clock.ordinary) if clock.ordinary else None,
+                    "steps": len(clock.held),
                     "evicting_step": statistics.median(clock.evicting) if clock.evicting else None,
                     "evictions": len(clock.evicting), "tokens_held": statistics.fmean(clock.held),
                     "cache_bytes": cache_bytes(clock.cache),
