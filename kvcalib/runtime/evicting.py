@@ -136,10 +136,13 @@ class EvictingLayer(PackedLayer):
         used, slots = position >= 0, position.shape[2]
         device = position.device
         based = [self.counts.basis(row) for row in range(len(self.counts.held))]
-        recents = [max(self.eviction.recents(n), self.window.length) for n in based]
+        sinks = max(self.eviction.rule.sinks, self.sinks)
+        recents = [
+            max(self.window.length, min(self.eviction.recents(n), n if t is None else max(0, t - sinks)))
+            for n, t in zip(based, targets, strict=True)
+        ]
         # The sinks are the first used slots and the recent tokens the last ones, in every head.
         rank = used[:, :1].int().cumsum(-1)
-        sinks = max(self.eviction.rule.sinks, self.sinks)
         edge = torch.tensor([h - r for h, r in zip(self.counts.held, recents, strict=True)], device=device)[
             :, None, None
         ]

@@ -13,6 +13,8 @@ Per = Literal["auto", "head", "layer"]
 PERS: tuple[Per, ...] = ("auto", "head", "layer")
 FEW = 4
 """Tokens beside the sinks that a share of a short prompt is rounded up to."""
+ROOM = 1.25
+"""How many times the recent tokens a layer's budget is at least, where layers differ."""
 
 
 @dataclass(frozen=True)
@@ -145,21 +147,23 @@ class Eviction:
         return max(0.0, (self.keep * share - self.last) * tokens)
 
     def shared(self, shares: dict[int, float]) -> dict[int, float]:
-        """Shares of the tokens by layer, of the same sum as `shares`, none more than all tokens seen, or the limit.
+        """Shares of the tokens by layer, of the same sum as `shares` and in proportion, within what a layer can use.
 
-        What a layer cannot use goes to the others, in proportion.
+        None is more than all tokens seen, or the limit; none so small that the recent tokens would not fit.
         """
         most = (self.limit or math.inf) / self.keep if self.counted else 1 / self.keep
-        found, left, open_layers = dict(shares), sum(shares.values()), set(shares)
-        while open_layers:
-            rise = left / sum(shares[layer] for layer in open_layers)
-            full = {layer for layer in open_layers if shares[layer] * rise > most}
-            if not full:
-                return found | {layer: shares[layer] * rise for layer in open_layers}
-            found |= dict.fromkeys(full, most)
-            left -= most * len(full)
-            open_layers -= full
-        return found
+        least = min(1.0, ROOM * self.last / self.keep)
+        total, low, high = sum(shares.values()), 0.0, 1.0 / min(shares.values()) * max(1.0, least)
+
+        def at(rise: float) -> dict[int, float]:
+            return {layer: min(most, max(least, share * rise)) for layer, share in shares.items()}
+
+        while sum(at(high).values()) < total - 1e-12 and high < 1e6:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(at(middle).values()) < total else (low, middle)
+        return at(high)
 
     def describe(self) -> str:
         """What a saved cache remembers: these settings in one line."""

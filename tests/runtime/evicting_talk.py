@@ -114,6 +114,7 @@ class Simulation(SimulatedCache):
     def let_go(self, layer, row, target, seen):
         e, rule = self.eviction, self.eviction.rule
         recents = max(1, int(e.recent) if e.keep > 1 else math.floor(e.recent * seen + 1e-9), 0)
+        recents = min(recents, max(0, target - max(rule.sinks, self.sinks)))
         marks = self.marks(layer)[row].double()
         positions = self.shown[layer][1][row, 0, :, -3]
         heads = marks.shape[0]

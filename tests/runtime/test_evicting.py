@@ -170,6 +170,17 @@ def test_short_prompts(case, eviction, length):
         assert (positions[..., -1] == length + 2).all()
 
 
+@pytest.mark.parametrize("recent", [0.3, 0.28, 0.2, 0.02])
+def test_recent_tokens_never_make_a_layer_exceed_its_budget(case, recent):
+    artifact = case()[1]
+    eviction = settings("qhitter", keep=0.3, recent=recent)
+    cache = filled(case(), eviction, tokens(2, 200), decode=60)
+    held = [p.shape[2] for p in cache.survivors().values()]
+    assert sum(held) <= 0.3 * 200 * len(held)
+    given = {spec.index: spec.friendliness.share for spec in artifact.manifest.layers}
+    assert held == [pytest.approx(60 * x, abs=6) for x in eviction.shared(given).values()]
+
+
 def test_heads_keep_tokens_of_their_own_and_never_more_than_the_budget(case):
     eviction = settings("h2o", keep=0.3, recent=0.1)
     cache = filled(case(), eviction, tokens(2, 100), decode=40)
