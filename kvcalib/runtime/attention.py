@@ -166,7 +166,7 @@ def drawn_attention(
     A second pass over the chunks, since a weight is known only when all scores are: `log_sums` and the other arguments
     as `chunked_attention` gave and took them.
     """
-    queries, kv_heads = query.shape[2], out.shape[1]
+    queries = query.shape[2]
     wide = query.float() * scaling
     age = torch.arange(queries - 1, -1, -1, device=query.device)
     factor = torch.full_like(age, decay, dtype=torch.float32) ** age
@@ -182,7 +182,7 @@ def drawn_attention(
             hidden = scores < torch.finfo(scores.dtype).min / 2
             weights = (scores - log_sums[number]).exp_().masked_fill_(hidden, 0.0)
             part = torch.einsum("bhgqt,q->bht", weights, factor[first:last])
-            out[:, :kv_heads, start : start + keys.shape[2]] += part
+            out[..., start : start + keys.shape[2]] += part
 
 
 def _scores(

@@ -63,7 +63,7 @@ class EvictingLayer(PackedLayer):
                 "per is 'head', but the artifact ranks outliers over all heads of a token, so heads cannot keep tokens "
                 "of their own; fit with --value-scale head or without outliers, or take per='layer'"
             )
-        self._bits: dict[str, Tensor] = {}
+        self.whole_mask = True
         self.by_head = splits and eviction.per != "layer" and len(key.layout.widths) > 1
         # A layer that goes by attention alone need not remember how well its tokens quantize.
         unweighted = eviction.rule.weighted and (alpha if eviction.alpha is None else eviction.alpha) == 1
@@ -71,11 +71,14 @@ class EvictingLayer(PackedLayer):
         self.readers = {"key": key, "value": heads.reader(value) if self.by_head else value}
         super().__init__(key, value, sinks, recent)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLayer:
+        memo.update({id(quantizer): quantizer for quantizer in self.readers.values()})
+        return super().__deepcopy__(memo)
+
     def _clear(self) -> None:
         super()._clear()
         self.marks = Rows()
         self.counts = Counts(self.eviction, self.share)
-        self.whole_mask = True
         self.coming: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     # What transformers asks of a layer.
@@ -198,9 +201,7 @@ class EvictingLayer(PackedLayer):
         role, _, part = name.partition(".")
         if not self.by_head or part != "words":
             return heads.moved(tensor, index)
-        if role not in self._bits:
-            self._bits[role] = heads.bits(self.quantizers[role]).to(tensor.device)
-        return heads.moved_words(tensor, index, self._bits[role].to(tensor.device))
+        return heads.moved_words(tensor, index, heads.bits(self.quantizers[role]).to(tensor.device))
 
     @property
     def slots(self) -> int:

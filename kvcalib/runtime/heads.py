@@ -8,12 +8,16 @@ heads share are no obstacle: each head's bits are known.
 from __future__ import annotations
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvcalib.quant.packing import PLANES
 from kvcalib.quant.quantizer import Quantizer
+
+_READERS: WeakKeyDictionary[Quantizer, Quantizer] = WeakKeyDictionary()
+_BITS: WeakKeyDictionary[Quantizer, Tensor] = WeakKeyDictionary()
 
 
 def separable(quantizer: Quantizer) -> bool:
@@ -22,12 +26,18 @@ def separable(quantizer: Quantizer) -> bool:
 
 
 def reader(quantizer: Quantizer) -> Quantizer:
-    """What decodes rows in which zero and scale were stored for every head."""
-    return replace(quantizer, scope="head") if quantizer.relative and quantizer.scope == "token" else quantizer
+    """What decodes rows in which zero and scale were stored for every head; made once, as tables hang on it."""
+    if not quantizer.relative or quantizer.scope == "head":
+        return quantizer
+    if quantizer not in _READERS:
+        _READERS[quantizer] = replace(quantizer, scope="head")
+    return _READERS[quantizer]
 
 
 def bits(quantizer: Quantizer) -> Tensor:
-    """The bits of each word that carry a head's codes: int32 `[H, W]`."""
+    """The bits of each word that carry a head's codes: int32 `[H, W]`; worked out once."""
+    if quantizer in _BITS:
+        return _BITS[quantizer]
     layout = quantizer.layout
     found = torch.zeros(len(layout.widths), layout.words, dtype=torch.int64)
     for head, channel in torch.cartesian_prod(*(torch.arange(n) for n in layout.widths.shape)).tolist():
@@ -35,7 +45,8 @@ def bits(quantizer: Quantizer) -> Tensor:
             word, shift = int(layout.word[plane, head, channel]), int(layout.shift[plane, head, channel])
             found[head, word] |= ((1 << size) - 1) << shift
     # As signed numbers, which words are.
-    return torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+    _BITS[quantizer] = torch.where(found >= 1 << 31, found - (1 << 32), found).int()
+    return _BITS[quantizer]
 
 
 def moved(tensor: Tensor, index: Tensor) -> Tensor:
