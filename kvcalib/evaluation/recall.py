@@ -46,8 +46,9 @@ RECALLS = 0.5
 """Share of random passages' tokens from which on a model counts as one that copies."""
 PROTOCOL = (
     "recall: depths {depths}, {trials} trials at each length and depth, the text before the question in one pass; "
-    "verbatim: {passage} of {size} tokens in the text, asked for by its first {cue}, teacher forcing in passes of {step}; "
-    "passkey: {digits} digits, token by token; blind: the unquantized model without the passage or key; seed {seed}"
+    "verbatim: {passage} of {size} tokens in the text, asked for by its first {cue}, teacher forcing in passes of "
+    "{step}; passkey: {digits} digits, token by token; blind: the unquantized model without the passage or key; seed "
+    "{seed}"
 )
 _TRIES = 50
 
