@@ -107,7 +107,9 @@ def compare(
             mine = sums[each.name]
             with failures.of(each):
                 with each.run(model) as session:
-                    found, mine.bytes = _logits(each, session, ids, prompt, step)
+                    if not done:  # of one sequence alone, which shares its positions with no other
+                        mine.bytes = _logits(each, session, ids[:1], prompt, step)[1]
+                    found, _ = _logits(each, session, ids, prompt, step)
                 _add(mine, expected, found, scored)
                 del found
             if probe is not None:
@@ -160,7 +162,7 @@ def check_names(contenders: Sequence[Contender]) -> None:
 
 @torch.no_grad()
 def _logits(contender: Contender, session: Session, ids: Tensor, prompt: int, step: int) -> tuple[Tensor, float]:
-    """Logits behind the prompt `[B, T - prompt, V]`, and bytes of one row's cache."""
+    """Logits behind the prompt `[B, T - prompt, V]`, and bytes of the cache."""
     if prompt:
         cache, _ = session.read(ids[:, :prompt])
         logits = session.decode(ids[:, prompt:], cache, step)
@@ -169,7 +171,7 @@ def _logits(contender: Contender, session: Session, ids: Tensor, prompt: int, st
             raise InputError("one pass with an exact prefill shows no error; give --prompt, such as 0.5")
         cache = session.new_cache()
         logits = session.model(input_ids=ids, past_key_values=cache).logits
-    return logits, contender.nbytes(cache) / len(ids)
+    return logits, contender.nbytes(cache)
 
 
 def _add(mine: _Sums, expected: Tensor, found: Tensor, ids: Tensor) -> None:
