@@ -153,6 +153,15 @@ def test_tasks_alone(home):
             home / "model", "--data", home / "text.jsonl", "--task", "recall", "--seq-len", 16)  # fmt: skip
 
 
+def test_baselines_that_are_fitted_take_a_run(home):
+    spec = "kvquant-published:bits=3"
+    _, written = measure(home, *TEXT, "--compare", spec, "--run", home / "bits4/run", artifacts=())
+    assert [row["failed"] for row in written["rows"]] == [None, None]
+    assert written["rows"][1]["kld"]["value"] > 0
+    refused(2, "--compare kvquant-published:bits=3 is fitted to a calibration; give --run", "eval", "--model",
+            home / "model", "--data", home / "text.jsonl", *TEXT, "--compare", spec)  # fmt: skip
+
+
 def test_baselines_get_the_token_sample_of_the_run(tmp_path):
     model = tiny_llama(vocab_size=VOCABULARY)
     run = make_run(tmp_path / "run", model)
