@@ -57,12 +57,14 @@ def test_artifacts_and_baselines_in_one_table(home):
     assert (integer.settings["bits"], kivi.settings["residual"]) == (4, 16)
     assert 0 == fp16.kld.value < four.kld.value < two.kld.value
     assert two.effective_bits < four.effective_bits < fp16.effective_bits == 16
-    assert "kivi:group=16:" in shown  # and below it
+    assert "kivi:group=16: " in shown  # and below it
     assert "residual=16" in shown
     for row in found.rows[1:]:
         assert row.failed is None
         assert row.kld.low < row.kld.value < row.kld.high < row.kld_p99
-        assert with_interval(row.kld) in shown
+        for shown_whole in (row.kld, row.delta_nll):
+            assert with_interval(shown_whole) in shown
+        assert with_interval(row.top1_agreement, 100) in shown
     for said in ("3 sequences of 64 tokens", "192 positions scored", "baseline: fp16", "bytes a token",
                  f"PPL {fp16.ppl:.3f}", "every position scored", "only 3 sequences", "paired bootstrap"):  # fmt: skip
         assert said in shown
@@ -239,4 +241,4 @@ def test_shares_are_percent():
 def test_long_names_are_broken_behind_colons():
     assert folded("nuq2.5") == "nuq2.5"
     assert folded("kivi:bits=2:group=16:residual=32").splitlines() == ["kivi:bits=2:", "group=16:", "residual=32"]
-    assert folded("kvquant-published").splitlines() == ["kvquant-published"]
+    assert folded("kvquant-published:bits=2").splitlines() == ["kvquant-published:", "bits=2"]

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from kvcalib.evaluation.comparison import Comparison, Greedy, Interval, RecallPoint, Row, TaskComparison
 
 MOST_DECIMALS = 5
-NAME_WIDTH = 16
+NAME_WIDTH = 18
 
 
 def print_comparison(found: Comparison) -> None:
     """Quality and size, then recall, greedy generations and costs where they were measured, and the protocol."""
-    table = _table("quality and size", "effective\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
+    table = _table("quality and size", "eff.\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
     for row in found.rows:
         if row.failed is not None:
             table.add_row(folded(row.name), "not measured")
@@ -41,6 +41,7 @@ def print_comparison(found: Comparison) -> None:
         f"unquantized, its cache counted at 16 bits: {exact_row.fp16_cache_bytes / found.seq_len:.0f} bytes a token; "
         f"its NLL {found.fp16_nll:.4f}, PPL {exact_row.ppl:.3f}"
     )
+    _say("eff. bits: effective bits; in brackets 95 % intervals of the mean over sequences; fp16: unquantized")
     _say(f"text: {found.data}, {found.samples} sequences of {found.seq_len} tokens, {found.scored} positions scored")
     _say(f"model: {found.model} in {found.dtype}; baseline: fp16, {baseline}")
     _say(f"protocol: {found.protocol}")
@@ -151,7 +152,7 @@ def _decimals(value: float, width: float) -> int:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("", overflow="fold", min_width=12)
+    table.add_column("", overflow="fold", min_width=NAME_WIDTH)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
