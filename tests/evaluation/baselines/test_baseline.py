@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
+from kvcalib.demo import MODEL_DIR
 from kvcalib.errors import InputError, UnsupportedModel
 from kvcalib.evaluation.baselines import BASELINES, CALIBRATES, NAMES, find
 from kvcalib.evaluation.baselines.stored import Codec
+from kvcalib.model.loading import load_model
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.stages.calibrated import sample_of
@@ -38,14 +40,16 @@ PACKAGES = {"hf-hqq": "hqq", "hf-quanto": "optimum.quanto"}
 _SAMPLES = {}
 
 
-def contender(name, model):
+def contender(name, model, spec=None):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name], reason="the extra [bench] is not installed")
+    spec = SPECS[name] if spec is None else spec
     if name not in CALIBRATES:
-        return find(SPECS[name])
-    if model.config.model_type not in _SAMPLES:
-        _SAMPLES[model.config.model_type] = sample_of(calibrate(model, samples=2, seq_len=32, keep=64), "the test")
-    return find(SPECS[name], _SAMPLES[model.config.model_type])
+        return find(spec)
+    shape = (model.config.model_type, model.config.hidden_size)
+    if shape not in _SAMPLES:
+        _SAMPLES[shape] = sample_of(calibrate(model, samples=2, seq_len=32, keep=64), "the test")
+    return find(spec, _SAMPLES[shape])
 
 
 def logits(model, session, ids, cuts=None, **kwargs):
@@ -112,6 +116,24 @@ def test_generate_runs(model, name, beams):
             do_sample=False, num_beams=beams,
         )  # fmt: skip
     assert made.shape == (2, 18)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(str(MODEL_DIR))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_defaults_generate_on_the_demo_model(demo, name):
+    """Greedy decoding with default settings; the cache holds fewer bytes than 16-bit elements would take."""
+    ids = tokens(1, 300, seed=3)
+    chosen = contender(name, demo, name)
+    with chosen.run(demo) as session:
+        cache = session.new_cache()
+        made = demo.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 304)
+    assert cache.get_seq_length() == 303
+    assert chosen.nbytes(cache) < 0.6 * 303 * 4 * 2 * 2 * 64 * 2
 
 
 def reachable(thing, found):
