@@ -156,15 +156,20 @@ def evaluate(
 
 def _check_together(task: str, compare: str | None, chosen: set[str]) -> None:
     """InputError if an option is given where it says nothing."""
-    if compare is not None and task != "text":
-        raise InputError(f"--compare and --task {task} exclude each other; with --compare give --recall or --greedy N")
+    if compare is not None and task not in ("text", "recall", "greedy"):
+        raise InputError(f"--compare and --task {task} exclude each other; compare text, recall or greedy")
     if compare is not None and not compare.strip(" ,"):
         raise InputError(f"--compare is {compare!r}, expected names with commas between them, as fp16,kivi")
-    recalls = {"trials", "passage"}
+    recalls, of_text = {"trials", "passage"}, {"recall", "greedy", "costs"}
     if chosen & recalls and task != "recall" and "recall" not in chosen:
         raise InputError(f"--{min(chosen & recalls)} is for recall; give --recall with --compare, or --task recall")
-    allowed = {"recall": recalls, "greedy": {"greedy"}}.get(task, set())
-    if compare is None and chosen - allowed:
-        other = min(chosen - allowed)
-        instead = f", or --task {other}" if other in ("recall", "greedy") else ""
-        raise InputError(f"--{other} is for a comparison; give --compare as well, such as --compare fp16,kivi{instead}")
+    own = {"recall": recalls, "greedy": {"greedy"}}.get(task, set())
+    beside = {"run"} if task != "text" else {"run"} | recalls | of_text
+    for option in sorted(chosen - own):
+        instead = f", or --task {option}" if option in ("recall", "greedy") else ""
+        if compare is None:
+            raise InputError(
+                f"--{option} is for a comparison; give --compare as well, such as --compare fp16,kivi{instead}"
+            )
+        if option not in beside:
+            raise InputError(f"--{option} and --task {task} exclude each other; leave --task out to measure both")

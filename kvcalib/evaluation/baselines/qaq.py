@@ -14,8 +14,9 @@ over what is stored of older ones. The code quantizes one prompt and keeps what 
 prompt, of which T counts the real tokens so far, so a token decoded alone gets `highest` (n > 1). Widths follow from
 which tokens came in one pass, and passes cut otherwise give others.
 
-Other than that code: the prompt itself attends to what is stored; one token and constant groups work; m and R are
-rounded to two bytes before codes are taken. Its level "token" (one group over all layers) needs all layers before any
+Other than that code: the prompt itself attends to what is stored; one token and constant groups work; a group has a
+fixed number of outliers, also where several elements equal the last of them; m and R are rounded to two bytes before
+codes are taken. Its level "token" (one group over all layers) needs all layers before any
 can be stored and is left out. 0 bits, which decode to m - R / 2, occur only where 1 + R / 2E rounds to 1: there, in
 float16, often, here below 2^-24.
 """

@@ -136,6 +136,7 @@ class QhitterPublished(TappedBaseline):
     label = "qhitter-published"
     source = "Q-Hitter, MLSys 2024, code of 2024-06"
     accepts = QhitterSettings
+    evicts = True
     chosen: QhitterSettings
 
     def layer(self, place: Place) -> Any:

@@ -1,12 +1,16 @@
 """What every baseline must do, and specs."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
+from kvcalib.demo import MODEL_DIR
 from kvcalib.errors import InputError, UnsupportedModel
 from kvcalib.evaluation.baselines import BASELINES, CALIBRATES, NAMES, find
 from kvcalib.evaluation.baselines.stored import Codec
+from kvcalib.model.loading import load_model
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.stages.calibrated import sample_of
@@ -32,20 +36,35 @@ def model():
     return tiny_llama()
 
 
+PADDED = STEADY | {"hf-quanto", "qaq-published", "qhitter-published"}
+"""A row's tokens are stored as they would be alone, whatever stands before or beside them."""
+FINE = {
+    "hf-hqq": "hf-hqq:bits=8:group=16",
+    "hf-quanto": "hf-quanto:bits=4:group=2",
+    "int": "int:bits=8",
+    "kivi": "kivi:bits=8:group=4:residual=4",
+    "kvquant-published": "kvquant-published:bits=8:outliers=0.05",
+    "nf": "nf:bits=8",
+    "qaq-published": "qaq-published:lowest=8:highest=8:outliers=0.45",
+    "qhitter-published": "qhitter-published:bits=8:keep=1",
+    "turboquant": "turboquant:bits=8",
+}
 PACKAGES = {"hf-hqq": "hqq", "hf-quanto": "optimum.quanto"}
 
 
 _SAMPLES = {}
 
 
-def contender(name, model):
+def contender(name, model, spec=None):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name], reason="the extra [bench] is not installed")
+    spec = SPECS[name] if spec is None else spec
     if name not in CALIBRATES:
-        return find(SPECS[name])
-    if model.config.model_type not in _SAMPLES:
-        _SAMPLES[model.config.model_type] = sample_of(calibrate(model, samples=2, seq_len=32, keep=64), "the test")
-    return find(SPECS[name], _SAMPLES[model.config.model_type])
+        return find(spec)
+    shape = (model.config.model_type, model.config.hidden_size)
+    if shape not in _SAMPLES:
+        _SAMPLES[shape] = sample_of(calibrate(model, samples=2, seq_len=32, keep=64), "the test")
+    return find(spec, _SAMPLES[shape])
 
 
 def logits(model, session, ids, cuts=None, **kwargs):
@@ -88,7 +107,42 @@ def test_chunks_and_single_tokens_give_the_logits_of_one_pass(model, name):
         assert torch.allclose(logits(model, session, ids, [20] + [1] * 10), whole, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", sorted(STEADY))
+@pytest.mark.parametrize("name", FINE)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_fine_settings_come_close_to_the_exact_model(name, family):
+    """A prompt in two pieces, then single tokens, a padded row beside another; soft caps and attention sinks too."""
+    model = tiny_family(family)
+    ids = tokens(2, 24)
+    mask = torch.ones_like(ids)
+    ids[0, :5], mask[0, :5] = 0, 0
+    # Q-Hitter lets tokens go with the second pass.
+    cuts = (0, 24) if name == "qhitter-published" else (0, 12, 20, 21, 22, 23, 24)
+    with contender(name, model, FINE[name]).run(model) as session:
+        found = in_pieces(model, session.new_cache(), ids, mask, cuts)
+    exact = in_pieces(model, DynamicCache(config=model.config), ids, mask, cuts)
+    for row, first in ((0, 5), (1, 0)):
+        error = (found - exact)[row, first:].abs().mean() / exact[row, first:].abs().mean()
+        # QAQ's grid is centred on the mean, not the middle, and clips what lies beyond it at any width.
+        assert error < (0.15 if name == "qaq-published" else 0.05)
+
+
+def in_pieces(model, cache, ids, mask, cuts):
+    """Logits of `ids`, which go in from one cut to the next."""
+    positions, parts = (mask.cumsum(1) - 1).clamp(min=0), []
+    with torch.no_grad():
+        for begin, end in itertools.pairwise(cuts):
+            parts.append(
+                model(
+                    ids[:, begin:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, begin:end],
+                    past_key_values=cache,
+                ).logits
+            )
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("name", sorted(PADDED))
 def test_padding_on_the_left_changes_nothing(model, name):
     ids = tokens(2, 24)
     mask = torch.ones_like(ids)
@@ -112,6 +166,24 @@ def test_generate_runs(model, name, beams):
             do_sample=False, num_beams=beams,
         )  # fmt: skip
     assert made.shape == (2, 18)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(str(MODEL_DIR))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_defaults_generate_on_the_demo_model(demo, name):
+    """Greedy decoding with default settings; the cache holds fewer bytes than 16-bit elements would take."""
+    ids = tokens(1, 300, seed=3)
+    chosen = contender(name, demo, name)
+    with chosen.run(demo) as session:
+        cache = session.new_cache()
+        made = demo.generate(ids, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert made.shape == (1, 304)
+    assert cache.get_seq_length() == 303
+    assert chosen.nbytes(cache) < 0.6 * 303 * 4 * 2 * 2 * 64 * 2
 
 
 def reachable(thing, found):
