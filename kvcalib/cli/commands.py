@@ -76,6 +76,7 @@ def demo(
         out_console.print(f"stages took {done.seconds:.0f} s", highlight=False)
         for path in done.artifacts[-1:]:
             print_path("artifact of the smallest budget", path)
+        print_path("report", done.report)
 
 
 @app.command()
@@ -122,6 +123,7 @@ def run(
         print_friendliness(done.run_dir)
         print_evaluations(done.evaluations)
         print_path("artifact", recipe.out)
+        print_path("report", done.report)
 
 
 @app.command()
