@@ -18,7 +18,7 @@ from kvcalib.report.svg import Point, label, log_ticks, text, ticks
 Shape = Literal["circle", "square", "triangle", "diamond", "cross"]
 SHAPES: tuple[Shape, ...] = ("square", "triangle", "diamond", "cross", "circle")
 Box = tuple[float, float, float, float]
-LETTER, PIECE = 6.4, 6.0
+LETTER, PIECE = 7.0, 6.0
 """Width of a character at 12 px, about; how long the pieces of a line are that labels keep clear of."""
 
 
@@ -196,7 +196,7 @@ class Chart:
         shown, end = {}, -1e9
         for number, mark in enumerate(self.x.marks):
             half = LETTER * len(self.x.tick(number)) / 2
-            middle = min(self.px(mark), self.width - half - 1)
+            middle = min(self.px(mark), self.width - half - 2)
             if middle - half > end + 4:
                 shown[number] = middle
                 end = middle + half

@@ -166,7 +166,9 @@ def test_points_of_the_pareto_plot_lie_on_its_axes():
     text = document(full(), "0")
     svg = charts(text)[0]
     space = "{http://www.w3.org/2000/svg}"
-    ticks = {t.text: (float(t.get("x")), float(t.get("y"))) for t in svg.iter(f"{space}text") if t.get("class") == "dim"}
+    ticks = {
+        t.text: (float(t.get("x")), float(t.get("y"))) for t in svg.iter(f"{space}text") if t.get("class") == "dim"
+    }
     dots = {
         c.find(f"{space}title").text.split(":")[0]: (float(c.get("cx")), float(c.get("cy")))
         for c in svg.iter(f"{space}circle")
@@ -204,7 +206,9 @@ def test_labels_keep_clear_of_marks_and_of_one_another():
 
 
 def test_the_front_of_a_sweep_is_what_no_other_beats():
-    points = [SweepPoint(str(i), bits, kld, 0.0) for i, (bits, kld) in enumerate([(2, 3), (3, 2), (3, 4), (4, 2), (5, 1)])]
+    points = [
+        SweepPoint(str(i), bits, kld, 0.0) for i, (bits, kld) in enumerate([(2, 3), (3, 2), (3, 4), (4, 2), (5, 1)])
+    ]
     beaten = {p.name for p in points for q in points if q.bits <= p.bits and q.kld <= p.kld and q is not p}
     assert [p.name for p in best(points)] == [p.name for p in points if p.name not in beaten] == ["0", "1", "4"]
 
