@@ -27,13 +27,15 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """`digits` significant digits, small numbers as 2.1e-4, zeros at the end kept out."""
+    """`digits` significant digits, small numbers as 2.10e-4."""
     if not math.isfinite(value):
         return "not finite"
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    if not value:
+        return "0"
+    return f"{value:#.{digits}g}".rstrip(".") if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -115,7 +115,7 @@ def test_the_summary_says_size_cost_and_context():
     exact, packed = 31 * 4096 + 4096, 31 * 660 + 4096
     assert f"takes {16 * packed / exact:.2f} bits per element in place of 16: {exact / packed:.1f} times" in text
     low, high = (10 * math.exp(d) - 10 for d in (ours.delta_nll.low, ours.delta_nll.high))
-    assert f"95 % interval {low:+.3g} to {high:+.3g}" in text
+    assert f"95 % interval {low:+#.3g} to {high:+#.3g}" in text
     # 24 GiB less a tenth and the weights, over bytes per token, with one layer that stops at 1024 tokens.
     room = 24 * 2**30 * 0.9 - 16.06e9
     before, after = ((room - 4096 * 1024) / (31 * b) for b in (4096, 660))
@@ -222,5 +222,5 @@ def test_numbers_in_words():
     assert (size(999), size(1500), size(16.06e9)) == ("999 B", "1.5 kB", "16.1 GB")
     assert (many(512), many(131072), many(1.5e9)) == ("512", "131 k", "1.5 billion")
     assert (short(0.01234), short(1234.5), short(2.5e-4), short(0)) == ("0.0123", "1234", "2.50e-4", "0")
-    assert (signed(0.5), signed(-0.5), signed(0)) == ("+0.5", "-0.5", "0")
+    assert (signed(0.5), signed(-0.5), signed(0), signed(99.99)) == ("+0.500", "-0.500", "0", "+100")
     assert Estimate(1.0).low is None

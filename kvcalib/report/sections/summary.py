@@ -38,7 +38,10 @@ def summary(report: Report) -> Section:
         )
         tiles.append(Tile(signed(change.value), f"perplexity, {signed(100 * change.value / before, 2)} %"))
         if change.low is None:
-            notes.append("No interval: `kvcalib eval ARTIFACT --compare fp16 --json F`, then `report --comparison F`.")
+            notes.append(
+                "No interval was measured: kvcalib eval ARTIFACT --compare fp16 --json F, then kvcalib report with "
+                "--comparison F, gives one."
+            )
     else:
         notes.append("What it costs was not measured: run kvcalib eval ARTIFACT.")
     says = [sentence]
