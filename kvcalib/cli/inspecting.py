@@ -94,8 +94,8 @@ def print_diagnosis(layers: Sequence[LayerDiagnosis]) -> None:
     out_console.print(table)
     out_console.print(
         f"offset: |mean| over standard deviation of a key channel before RoPE, counted from {OFFSET:g} on; on first "
-        f"token: of the attention of a sequence's later half; outliers: elements beyond {BEYOND:g} standard deviations, "
-        "by KV head",
+        f"token: of the attention of a sequence's later half; outliers: elements beyond {BEYOND:g} standard "
+        "deviations, by KV head",
         highlight=False,
         soft_wrap=True,
     )

@@ -131,7 +131,8 @@ def _offsets(layers: Sequence[LayerDiagnosis]) -> list[str]:
     return [
         f"{_which(named)}: up to {100 * most:.0f} % of the key channels lie farther from zero than {OFFSET:g} standard "
         f"deviations (layer {worst.index}: {worst.worst_offset:.0f}). Keep keys per channel and before RoPE, as "
-        "kvcalib does (--granularity channel, the default); one codebook per head or layer spends its levels on the offsets."
+        "kvcalib does (--granularity channel, the default); one codebook per head or layer spends its levels "
+        "on the offsets."
     ]
 
 

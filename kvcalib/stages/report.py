@@ -60,7 +60,9 @@ def run(
         InputError: there is neither a run nor an artifact, or a file is missing. CorruptFile: a file is damaged, or
             is not what it should be.
     """
-    path = out or beside(Path(target))
+    folder = Path(target)
+    # Of an artifact on the Hub there is no folder to write beside.
+    path = out or (beside(folder) if folder.exists() else Path(folder.name + ".html"))
     if path.is_dir():
         raise InputError(f"--out {path}: is a folder, expected a file such as report.html")
     return write(find(target), path, comparisons, sweep, model)
@@ -79,13 +81,9 @@ def write(
 
 
 def beside(folder: Path) -> Path:
-    """`NAME.html` beside a folder; in this folder for an artifact on the Hub."""
-    if not folder.exists():
-        return Path(folder.name + ".html")
+    """`NAME.html` beside a folder, which need not be there yet."""
     whole = folder.resolve()
-    return (
-        folder.parent / (whole.name + ".html") if folder.name == whole.name else whole.with_name(whole.name + ".html")
-    )
+    return (folder.parent if folder.name == whole.name else whole.parent) / (whole.name + ".html")
 
 
 def find(target: str | Path) -> Subject:
