@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +25,14 @@ from kvcalib.cli.comparing import print_comparison
 from kvcalib.evaluation.comparison import Comparison, Row
 from kvcalib.files import write_json
 from kvcalib.model.loading import BUILTIN, load_model
+from kvcalib.report.picture import picture
+from kvcalib.report.sections.pareto import pareto
 from kvcalib.rundir import RunDir
 from kvcalib.stages import allocate, build, compare, fisher, fit_nuq, friendliness
 from kvcalib.stages.compare import CompareSettings
 from kvcalib.stages.dial import budget_of
 from kvcalib.stages.evaluate import EvalSettings
+from kvcalib.stages.report_data import from_comparison
 
 ROOT = Path(__file__).parents[1]
 OURS = (4.5, 4.0, 3.5, 3.0, 2.5, 2.0)
@@ -48,6 +51,9 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "transformers, Quanto": ("hf-quanto", ("bits=4", "bits=2")),
 }  # fmt: skip
 KEEP = 0.2
+SAID = {"demo": "Demo model (3.5 M parameters)", "reference": "Llama of 11 M parameters"}
+MARKS = ("<!-- quality: made by bench/quality.py --readme -->", "<!-- end of quality -->")
+PLOT = "quality-{}.svg"
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,15 @@ def table_of(found: Comparison) -> list[list[str]]:
     """KLD by family and target, each with the effective bits it was measured at; the header first."""
     lines = [["KLD at effective bits", *(f"about {target:g}" for target in TARGETS)]]
     for name, label in (("**kvcalib**", "kvcalib"), *((name, label) for name, (label, _) in FAMILIES.items())):
+        chosen = [nearest(of_family(found, label), target) for target in TARGETS]
         cells = [name]
-        for target in TARGETS:
-            row = nearest(of_family(found, label), target)
-            cells.append("" if row is None else f"{row.kld.value:.3g} at {row.effective_bits:.2f}")
+        for target, row in zip(TARGETS, chosen, strict=True):
+            # A row stands once, in the column that it is nearest to.
+            near = row is not None and target == min(
+                (t for t, other in zip(TARGETS, chosen, strict=True) if other is row),
+                key=lambda t: abs(row.effective_bits - t),
+            )
+            cells.append(f"{row.kld.value:.3g} at {row.effective_bits:.2f}" if near else "")
         lines.append(cells)
     return lines
 
@@ -141,6 +152,39 @@ def texts(body) -> list[Comparison]:
     return [one for one in found if any(row.name.startswith("kivi") for row in one.rows)]
 
 
+def markdown(body) -> str:
+    """The README's part: a table for every model, what was measured, the plot."""
+    lines = []
+    for number, found in enumerate(texts(body)):
+        header, *rows = table_of(found)
+        lines += ["", f"{SAID.get(found.model, found.model)}, {found.samples} x {found.seq_len} held-out tokens:", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+        lines += ["", f"![KLD against effective bits](docs/images/{PLOT.format(number)})"]
+    first = texts(body)[0]
+    lines += ["", f"Measured {first.created[:10]} on {first.machine.split(',')[0]}: {first.protocol}."]
+    return "\n".join([*lines, ""])
+
+
+def remake(body, readme: Path) -> None:
+    """Put the tables into the README, between its marks, and the plots beside it."""
+    for number, found in enumerate(texts(body)):
+        section = pareto([from_comparison(found)])
+        figure = replace(section.figures[0], title=f"{figure_title(found)}: KLD against size")
+        (readme.parent / "docs/images").mkdir(parents=True, exist_ok=True)
+        (readme.parent / "docs/images" / PLOT.format(number)).write_text(picture(figure))
+    text = readme.read_text()
+    before, _, rest = text.partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise SystemExit(f"{readme}: no {MARKS[0]} ... {MARKS[1]}; put both where the tables shall be")
+    readme.write_text(before + MARKS[0] + "\n" + markdown(body) + MARKS[1] + after)
+
+
+def figure_title(found: Comparison) -> str:
+    """The model in a few words."""
+    return SAID.get(found.model, found.model)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder or Hub id beside the demo's")
@@ -151,9 +195,13 @@ def main():
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--run", type=Path, default=ROOT / "artifacts" / "bench-quality")
     parser.add_argument("--show", action="store_true", help="print what the JSON holds and measure nothing")
+    parser.add_argument("--readme", action="store_true", help="remake the README's part from the JSON")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "quality.json")
     options = parser.parse_args()
     console = Console(width=150)
+    if options.readme:
+        remake(json.loads(options.json.read_text()), ROOT / "README.md")
+        return
     if not options.show:
         subjects = [Subject("demo", BUILTIN, BUILTIN, BUILTIN)]
         if options.model:
