@@ -108,8 +108,13 @@ bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time
 report: need-RUN $(RUNTIME)  ## one HTML file of a run and its artifacts: RUN= [OUT=file.html MODEL=]
 	$(BIN)/kvcalib report "$(RUN)" $(call opt,--out,OUT) $(call opt,--model,MODEL) $(ARGS)
 
-report-screenshots: demo $(DEV)  ## docs/images/report-*.png of the demo's report; needs Chromium
-	$(BIN)/python bench/report_screenshots.py artifacts/demo/report.html $(ARGS)
+SHOWN := fp16,kivi:bits=2,kivi:bits=4,int:bits=3,int:bits=4,nf:bits=3,turboquant:bits=3,kvquant-published
+report-screenshots: demo $(DEV)  ## docs/images/report-*.png: the demo beside other methods; needs Chromium
+	$(BIN)/kvcalib eval $(addprefix artifacts/demo/nuq,2.5 3 4) --model builtin --samples 8 --seq-len 512 \
+		--run artifacts/demo/run --compare $(SHOWN),qaq-published,qhitter-published --recall --trials 2 --greedy 32 \
+		--costs --json artifacts/demo/comparison.json
+	$(BIN)/kvcalib report artifacts/demo/run --comparison artifacts/demo/comparison.json --out artifacts/demo/compared.html
+	$(BIN)/python bench/report_screenshots.py artifacts/demo/compared.html $(ARGS)
 
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)

@@ -2,7 +2,8 @@
 
     python bench/report_screenshots.py artifacts/demo/report.html [--out docs/images]
 
-Writes report-summary.png, report-layers.png, report-dark.png and report-phone.png, each below 300 KB.
+Writes report-summary, report-comparison, report-layers, report-codebooks, report-phone and report-phone-dark.png, each
+below 300 KB.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ def main() -> None:
         raise SystemExit("no Chromium here; install one (apt-get install chromium)")
     given.out.mkdir(parents=True, exist_ok=True)
     wanted = (
-        ("report-summary", 1280, False, "header", "#comparison"),
+        ("report-summary", 1280, False, "header", "#pareto"),
+        ("report-comparison", 1280, False, "#comparison", "#memory"),
         ("report-layers", 1280, False, "#bits", "#losses"),
         ("report-codebooks", 1280, True, "#codebooks", "#fisher"),
         ("report-phone", 390, False, "header", "#pareto"),
-        ("report-phone-dark", 390, True, "#memory", "#bits"),
+        ("report-phone-dark", 390, True, "#memory", "#memory"),
     )
     with tempfile.TemporaryDirectory() as profile, browser(program, Path(profile)) as tab:
         for name, width, dark, first, last in wanted:

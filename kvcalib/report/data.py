@@ -21,12 +21,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Recall:
-    """Retrieval at one length and depth: `share` of what was to be recalled, 0 to 1."""
+    """Retrieval at one length and depth: `share` of what was to be recalled, 0 to 1, and its NLL.
+
+    Attributes:
+        blind: NLL of the unquantized model whose prompt does not hold what is to be recalled.
+    """
 
     kind: str
     length: int
     depth: float
     share: float
+    nll: float
+    blind: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Measurement:
 
     Attributes:
         fp16_nll: of the unquantized model. fp16_bytes: its cache of one sequence, at 16 bits an element.
-        about: further facts for the section on provenance, name and value.
+        about: further facts for the section on provenance, name and value. notes: what a reader should know.
     """
 
     data: str
@@ -75,6 +81,7 @@ class Measurement:
     protocol: str
     contenders: Sequence[Contender]
     about: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

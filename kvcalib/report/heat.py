@@ -58,8 +58,7 @@ def heat_map(
                 f'height="{cell_h - 1:.1f}"><title>{tip}</title></rect>'
             )
             if roomy and cell_h >= 16:
-                kind = "on-dark" if shade >= SHADES // 2 else "on-light"
-                out.append(text(left[c] + cell_w / 2, y + cell_h / 2 + 4, show(value), kind, "middle"))
+                out.append(text(left[c] + cell_w / 2, y + cell_h / 2 + 4, show(value), f"t{shade}", "middle"))
     bottom, end = TOP + cell_h * len(rows), -1e9
     for c, name in enumerate(columns):
         middle, half = left[c] + cell_w / 2, LETTER * len(name) / 2

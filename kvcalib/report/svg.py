@@ -135,7 +135,7 @@ def ticks(values: Sequence[float], most: int, whole: bool = False) -> list[float
     """At most `most` round numbers, 1, 2 or 5 times a power of ten apart, that cover `values`."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
-        low, high = (low, low + 1) if low >= 0 else (low, 0.0)
+        low, high = (low, low + 1) if low > -1e-30 else (low, 0.0)
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     if whole:
         step = max(1.0, step)

@@ -153,11 +153,14 @@ def from_comparison(found: Comparison) -> Measurement:
         contenders=[_contender(row) for row in found.rows],
         about={
             "model": f"{found.model}, {found.dtype}",
+            **found.protocols,
+            "seed": str(found.seed),
             "machine": found.machine,
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items())),
             "measured": found.created,
             "sources": "; ".join(dict.fromkeys(f"{_family(r)}: {r.source}" for r in found.rows if r.source)),
         },
+        notes=[line.rstrip(".") for line in found.notes],
     )
 
 
@@ -181,7 +184,8 @@ def _contender(row: Row) -> Contender:
         greedy_first=None if tokens is None else tokens.first_difference,
         tasks=row.tasks or {},
         recall=[
-            Recall(p.kind, p.length, p.depth, p.exact if p.kind == "passkey" else p.tokens) for p in row.recall or ()
+            Recall(p.kind, p.length, p.depth, p.exact if p.kind == "passkey" else p.tokens, p.nll, p.blind_nll)
+            for p in row.recall or ()
         ],
         failed=row.failed,
     )

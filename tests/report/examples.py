@@ -33,7 +33,9 @@ def around(value: float, share: float = 0.15) -> Estimate:
 def contender(name: str, family: str, bits: float, kld: float) -> Contender:
     exact = family == "fp16"
     points = [
-        Recall(kind, length, depth, 1.0 if exact else max(0.0, 1 - kld * (1 + 2 * depth) * length / 2048))
+        Recall(
+            kind, length, depth, 1.0 if exact else max(0.0, 1 - 4 * kld * (1 + 2 * depth) * length / 512), 1 + kld, 3.0
+        )
         for kind in ("passkey", "verbatim")
         for length in (512, 1024, 2048)
         for depth in (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,7 +57,15 @@ def measurement(data: str = "english.jsonl") -> Measurement:
     failed = contender("kivi:bits=9", "kivi", 0.0, 0.0)
     rows.append(Contender(**{**failed.__dict__, "failed": "bits is 9, expected 1 to 8", "recall": ()}))
     return Measurement(
-        data, 48, 512, math.log(10), 16 * 65536, "each sequence in one pass", rows, {"machine": "2 cores, no GPU"}
+        data,
+        48,
+        512,
+        math.log(10),
+        16 * 65536,
+        "each sequence in one pass",
+        rows,
+        {"machine": "2 cores, no GPU"},
+        ["few sequences"],
     )
 
 
@@ -100,7 +110,9 @@ def hostile() -> Report:
     rows = [Contender(**{**row.__dict__, "name": bad + row.name, "family": bad + row.family}) for row in one.contenders]
     broken = Contender(**{**rows[0].__dict__, "failed": bad, "tasks": {bad: 1.0}})
     changed = {
-        "measurements": [Measurement(**{**one.__dict__, "contenders": [*rows, broken], "protocol": bad})],
+        "measurements": [
+            Measurement(**{**one.__dict__, "contenders": [*rows, broken], "protocol": bad, "notes": [bad]})
+        ],
         "provenance": {bad: {bad: bad}},
         "predicted": [Predicted(bad, 2.5, 0.02, 0.03, 0.03)],
         "sweep": [SweepPoint(bad, 2.0, 0.1, 0.1)],

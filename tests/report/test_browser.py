@@ -61,8 +61,7 @@ CONTRAST = """
   const pairs = [...document.querySelectorAll('h1, h2, h3, p, td, th, dt, dd, a, code, figcaption, li, .tile strong')]
     .map(e => [e, getComputedStyle(e).color, ground(e)]);
   for (const t of document.querySelectorAll('svg.chart text')) {
-    const under = t.classList.contains('on-dark') || t.classList.contains('on-light');
-    const cell = t.previousElementSibling;
+    const cell = t.previousElementSibling, under = /^t\\d$/.test(t.getAttribute('class'));
     pairs.push([t, getComputedStyle(t).fill, under ? rgb(getComputedStyle(cell).fill) : ground(t.closest('figure'))]);
   }
   for (const [e, colour, behind] of pairs) {

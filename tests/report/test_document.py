@@ -10,7 +10,7 @@ import pytest
 
 from kvcalib.report.capacity import GPUS, cache_bytes, long_bits, tokens_that_fit, usual_gpu
 from kvcalib.report.chart import Axis, Chart
-from kvcalib.report.data import CacheLayer, Estimate, Memory, Report, SweepPoint
+from kvcalib.report.data import CacheLayer, Contender, Estimate, Measurement, Memory, Recall, Report, SweepPoint
 from kvcalib.report.document import document
 from kvcalib.report.sections.summary import perplexity_change
 from kvcalib.report.sections.sweep import best
@@ -160,6 +160,28 @@ def test_a_comparison_leaves_out_what_nobody_has():
     assert "kivi:bits=9 could not be measured: bits is 9, expected 1 to 8" in table
     assert table.count("<tr") == 1 + 41  # header, fp16 and ten methods at four sizes; the failed one has no row
     assert table.count('<tr class="ours"') == 4
+
+
+def test_recall_has_means_and_pictures_of_what_the_model_can_do():
+    report = full()
+    text = html.unescape(document(report, "0"))
+    recall = text[text.index('id="recall"') : text.index('id="bits"')]
+    kivi = next(c for c in report.measurements[0].contenders if c.name == "kivi:bits=2")
+    points = [p for p in kivi.recall if p.kind == "verbatim"]
+    share, nll = (sum(getattr(p, name) for p in points) / len(points) for name in ("share", "nll"))
+    row = re.search(r'<th scope="row">kivi:bits=2</th>(.*?)</tr>', recall[recall.rindex("<h3>") :]).group(1)
+    cells = re.findall(r"<td>(.*?)</td>", row)
+    assert cells == [f"{100 * share:.3g} %", f"{nll:#.3g}", f"{nll - 1:+#.3g}"]
+    assert recall.count('<svg class="chart"') == 2 * 9
+    assert '<th scope="row">blind</th><td></td><td>3.00</td><td>+2.00</td>' in recall
+    cannot = [
+        Contender(**{**c.__dict__, "recall": [Recall(**{**p.__dict__, "share": 0.0}) for p in c.recall]})
+        for c in report.measurements[0].contenders
+    ]
+    where = Measurement(**{**report.measurements[0].__dict__, "contenders": cannot})
+    text = document(Report(**{**report.__dict__, "measurements": [where]}), "0")
+    assert "the unquantized model itself has none" in text
+    assert text[text.index('id="recall"') : text.index('id="bits"')].count('<svg class="chart"') == 0
 
 
 def test_points_of_the_pareto_plot_lie_on_its_axes():

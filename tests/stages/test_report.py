@@ -59,7 +59,7 @@ def comparison(**changed):
         )  # fmt: skip
 
     points = [
-        RecallPoint(kind=kind, length=64, depth=0.5, trials=4, exact=0.25, tokens=0.75, nll=1.0)
+        RecallPoint(kind=kind, length=64, depth=0.5, trials=4, exact=0.25, tokens=0.75, nll=1.0, blind_nll=4.0)
         for kind in ("passkey", "verbatim")
     ]
     rows = [
@@ -72,7 +72,7 @@ def comparison(**changed):
     given = {
         "model": "m", "dtype": "float32", "data": "text.jsonl", "samples": 3, "seq_len": 40, "fp16_nll": 2.0,
         "protocol": "one pass.", "created": "2026-11-23T04:00:00Z", "machine": "here", "versions": {"torch": "2"},
-        "rows": rows,
+        "rows": rows, "notes": ["few sequences."],
     }  # fmt: skip
     return Comparison(**(given | changed))
 
@@ -189,7 +189,10 @@ def test_comparisons_stand_in_for_the_runs_measures(home, tmp_path):
         ("fp16", "fp16", False), ("nuq2", "kvcalib", True), ("nuq4", "kvcalib", True), ("kivi:bits=2", "kivi", False),
         ("int:bits=0", "int", False),
     ]  # fmt: skip
-    assert [(p.kind, p.share) for p in where.contenders[1].recall] == [("passkey", 0.25), ("verbatim", 0.75)]
+    assert [(p.kind, p.share, p.nll, p.blind) for p in where.contenders[1].recall] == [
+        ("passkey", 0.25, 1.0, 4.0), ("verbatim", 0.75, 1.0, 4.0),
+    ]  # fmt: skip
+    assert where.notes == ["few sequences"]
     assert where.contenders[4].failed == "bits is 0"
     assert {p.name: p.kld for p in found.predicted} == {"nuq2": 0.1, "nuq4": 0.01}
 

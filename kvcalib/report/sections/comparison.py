@@ -20,6 +20,7 @@ def comparison(measurements: Sequence[Measurement]) -> Section | Missing:
         tables.append(_table(where))
         notes += [f"{c.name} could not be measured: {c.failed}" for c in where.contenders if c.failed]
         notes.append(f"Protocol, {where.data}: {where.protocol}.")
+        notes += [f"Note: {line}." for line in where.notes]
     if any(c.kld.low is not None for where in measurements for c in where.contenders):
         notes.append("Below the figures 95 % intervals, by paired bootstrap over sequences.")
     return Section("comparison", "Comparison", tables=tables, notes=list(dict.fromkeys(notes)))
