@@ -21,7 +21,7 @@ ROOMS = {
     "allocation": {"quant"},
     "artifact": {"model.identity", "quant"},
     "runtime": {"artifact", "model", "quant"},
-    "evaluation": {"runtime", "model", "quant.quantizer"},
+    "evaluation": {"runtime", "model", "quant"},
     "report": set(),
     "stages": {"quant", "demo", "model", "calibration", "allocation", "artifact", "runtime", "evaluation", "report"},
 }
