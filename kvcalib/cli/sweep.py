@@ -67,8 +67,8 @@ def _print_plan(grid: Grid, plan: Plan, cost: Cost) -> None:
     out_console.print(table)
     if plan.left:
         _say(
-            f"about {_duration(cost.total(plan))} of one process (several share it; they are faster only where cores or "
-            f"GPUs are idle), {_size(cost.memory)} of memory per process at least, {_size(cost.disk)} of disk "
+            f"about {_duration(cost.total(plan))} of one process (several share it, and are faster where cores or GPUs "
+            f"are idle), at least {_size(cost.memory)} of memory per process, {_size(cost.disk)} of disk "
             f"({_size(cost.free)} are free)"
         )
     _say(cost.how)
@@ -87,10 +87,10 @@ def _print_outcome(grid: Grid, found: Outcome, results: Path) -> None:
             f"{100 * m.top1_agreement:.2f} %", "*" if record.key in found.front else "",
         )  # fmt: skip
     out_console.print(table)
+    loss = "KLD" if grid.metric == "kld" else "delta NLL"
     _say(
-        f"front (*): no other point has at most its bits and at most its "
-        f"{'KLD' if grid.metric == 'kld' else 'delta NLL'}, and less of one; effective bits: all bytes of the cache x 8 "
-        "/ elements of the unquantized one"
+        f"front (*): no other point has at most its bits and at most its {loss}, and less of one; effective bits: all "
+        "bytes of the cache x 8 / elements of the unquantized one"
     )
     for record in found.failed:
         _say(f"failed: {record.name}: {record.error}")

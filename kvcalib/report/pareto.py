@@ -45,10 +45,12 @@ def pareto_plot(heading: str, note: str, points: Iterable[Point], loss: str, log
         log: whether it is logarithmic; points of a loss of 0 or less are then not drawn.
     """
     points = [p for p in points if p.loss > 0 or not log]
-    panel = Panel("Loss against size", "effective bits (all bytes x 8 / elements)", loss, log=log, width=720, height=420)
+    bits = "effective bits (all bytes x 8 / elements)"
+    panel = Panel("Loss against size", bits, loss, log=log, width=720, height=420)
     panel.add([(p.bits, p.loss) for p in front(points)], "mark", "Pareto front", dots=False)
-    for colour, name, ours in (("first", "kvcalib", True), ("second", "baselines", False)):
-        mine = [(p.bits, p.loss) for p in points if p.ours is ours]
-        if mine:
-            panel.add(mine, colour, name, line=False)
+    ours, others = ([(p.bits, p.loss) for p in points if p.ours is which] for which in (True, False))
+    if ours:
+        panel.add(ours, "first", "kvcalib", line=False)
+    if others:
+        panel.add(others, "second", "baselines", line=False)
     return page([panel], heading, note)

@@ -233,9 +233,7 @@ def _answer(process: Any, ours: Any) -> Exception | None:
     return error
 
 
-def _worker(
-    grid: Any, path: Path, jsonl: Path, share: Share, again: dict[str, str], threads: int, answer: Any
-) -> None:
+def _worker(grid: Any, path: Path, jsonl: Path, share: Share, again: dict[str, str], threads: int, answer: Any) -> None:
     """One spawned process: `work`, and its error if there was one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -275,7 +273,9 @@ def finish(grid: Grid, folder: SweepDir) -> Outcome:
     }
     best = pareto.front(points.values())
     front = sorted((key for key, p in points.items() if p in best), key=lambda k: (points[k].bits, k))
-    said = f"{len(points)} points, {len(front)} on the front; {grid.evaluate.samples} sequences of {grid.evaluate.seq_len}"
+    said = (
+        f"{len(points)} points, {len(front)} on the front; {grid.evaluate.samples} sequences of {grid.evaluate.seq_len}"
+    )
     heading = f"{grid.model}: {axis} against effective bits"
     svg = pareto.pareto_plot(heading, f"{said} tokens, {grid.way}", points.values(), axis, log=grid.metric == "kld")
     write_bytes(folder.path / PLOT, svg.encode())

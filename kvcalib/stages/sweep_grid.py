@@ -27,6 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvcalib.calibration.statistics import VERSION as CALIBRATION_VERSION
 from kvcalib.errors import InputError
+from kvcalib.evaluation.baselines import NAMES as BASELINES
 from kvcalib.evaluation.continuation import MOST_STEP, PROMPT, STEP
 from kvcalib.model.identity import hash_json
 from kvcalib.model.text import SUFFIXES
@@ -230,6 +231,10 @@ class Grid(_Settings):
                 raise ValueError(f"evaluate.step is {self.evaluate.step}, expected at most {MOST_STEP} with keep")
         for policy in axes.policy:
             find(policy)
+        for spec in axes.baselines:
+            name = spec.split(":")[0]
+            if name not in BASELINES:
+                raise ValueError(f"grid.baselines names {name!r} (in {spec!r}), expected one of {', '.join(BASELINES)}")
         for number, rule in enumerate(self.exclude):
             unknown = sorted(set(rule) - set(Axes.model_fields))
             if unknown or not rule:

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from kvcalib.artifact.store import MANIFEST
-from kvcalib.errors import InputError
-from kvcalib.evaluation.contender import ArtifactContender, Contender, Unquantized
+from kvcalib.calibration.statistics import Calibration
+from kvcalib.evaluation.baselines import CALIBRATES, Calibrated, LayerSample, find
+from kvcalib.evaluation.contender import ArtifactContender, Contender
 from kvcalib.evaluation.ways import AdaptiveContender, Figures, Reading, effective_bits
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_model, load_tokenizer
@@ -87,7 +88,7 @@ class Work:
     def contender(self, point: Point) -> Contender:
         """What the point measures, made if it is not there."""
         if point.baseline is not None:
-            return self._baseline(point)
+            return self._baseline(point.baseline)
         settings = self.grid.settings(point)
         names = self.grid.names(point)
         built = {bits: self.artifact(point, names, bits) for bits in names.built}
@@ -138,10 +139,13 @@ class Work:
                     fisher.run(run_dir, self.grid.model, self.grid.fisher(point), model=self.model)
         return run_dir
 
-    def _baseline(self, point: Point) -> Contender:
-        if point.baseline == "fp16":
-            return Unquantized()
-        raise InputError(f"baseline is {point.baseline!r}, expected fp16")
+    def _baseline(self, spec: str) -> Contender:
+        calibrated = None
+        if calibrates(spec):
+            # Of this point only the calibration is used, which is the grid's.
+            point = Point(baseline=spec, window=self.grid.calibrate.window)
+            calibrated = read_calibrated(self.calibration(point, self.grid.names(point)))
+        return find(spec, calibrated)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -175,6 +179,17 @@ def _measures(found: Figures) -> Measures:
         top1_agreement=found.top1_agreement,
         kept=found.kept,
     )
+
+
+def read_calibrated(run_dir: RunDir) -> Calibrated:
+    """The sampled tokens of a run's calibration."""
+    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+    layers = {}
+    for shape in calibration.info.layers:
+        data = calibration.layer(shape.index)
+        names = ("key", "value", "key_fisher", "value_fisher")
+        layers[shape.index] = LayerSample(*(data[f"sample.{name}"] for name in names))
+    return Calibrated(layers, calibration.tensors["sample.position"], str(run_dir.path))
 
 
 def calibrates(spec: str) -> bool:
