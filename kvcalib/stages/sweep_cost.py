@@ -1,4 +1,4 @@
-"""What a sweep will cost, before it runs: points, stages, time, memory and disk. Nothing is written but a temporary folder.
+"""What a sweep will cost, before it runs: points, stages, time, memory and disk. It writes to a temporary folder only.
 
 Figures are measured. Where this machine has measured points of the grid before, they are what those took; else a probe
 runs every stage that is needed on a few sequences, once to warm up and once for the clock, and is scaled.
@@ -178,7 +178,7 @@ def _probe(grid: Grid, todo: Plan, free: float) -> Cost:
         progress.bars(True)
     how = (
         f"probed: one point of each kind, calibrated on {sampled[0]} and measured on {sampled[1]} sequences, scaled to "
-        f"{calibrate.samples} and {text.samples} (fisher and measuring by sequences, fit-nuq and disk by sampled tokens)"
+        f"{calibrate.samples} and {text.samples} (fisher, measuring: by sequences; fit-nuq, disk: by sampled tokens)"
     )
     scaled = {name: value * scale.get(name, 1.0) for name, value in seconds.items()}
     return Cost(scaled, memory, _disk(todo, *sizes), free, how)

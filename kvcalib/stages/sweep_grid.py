@@ -11,9 +11,9 @@ grid:
 exclude:
   - {bits: 2, outliers: 0.01}
 
-Every combination of the axes is a point, baselines are one point each. All points of a grid are measured in one way, so
-that they compare: with `keep` or `evaluate.prompt` on continuations, with `adaptive` or `evaluate.step` in steps, else in
-one pass (see `evaluation/perplexity.py` and `continuation.py`).
+Every combination of the axes is a point, baselines are one point each. All points of a grid are measured in one way,
+so that they compare: with `keep` or `evaluate.prompt` on continuations, with `adaptive` or `evaluate.step` in steps,
+else in one pass (see `evaluation/perplexity.py` and `continuation.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a sweep knows: one line of JSON per measured point, and who is measuring which.
 
 A line is appended under a lock and is on disk before the lock is released. A process that is killed while it writes
-leaves a torn last line, which readers pass over and the next writer cuts off. A claim is a lock on a file of the point's
-key: the kernel gives it back when its process ends, however it ends.
+leaves a torn last line, which readers pass over and the next writer cuts off. A claim is a lock on a file of the
+point's key: the kernel gives it back when its process ends, however it ends.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir
-from kvcalib.runtime.loader import load
+from kvcalib.runtime.loader import Prefill, load
 from kvcalib.runtime.tiers import RULE, load_adaptive
 from kvcalib.stages import allocate, build, fisher, fit_nuq, tiers
 from kvcalib.stages.dial import budget_of
@@ -95,7 +95,7 @@ class Work:
         recent = settings.recent_tokens
         if names.mixed is None:
             eviction = settings.evictions[0] if settings.evictions else None
-            prefill = "exact" if self.grid.way == "steps" else "quantized"
+            prefill: Prefill = "exact" if self.grid.way == "steps" else "quantized"
             return ArtifactContender(load(built[point.bits or 0.0]), None, None, recent, prefill, eviction)
         path = self.folder.artifact(names.mixed)
         with self.folder.lock(names.mixed):
