@@ -356,7 +356,6 @@ def test_artifact_of_another_model(road, tmp_path, data, field, value):
         3,
         rf"{name} is ({value}\b|\d+, this model has {value}\b)",
         "eval",
-    "sweep",
         road / "nuq3",
         "--model",
         other,

@@ -94,7 +94,8 @@ def launched() -> Share:
         return Share()
     from accelerate import PartialState
 
-    state = PartialState()
+    # Without GPUs accelerate takes a launch for a single process unless it is told of the CPU.
+    state = PartialState(cpu=not torch.cuda.is_available())
     return Share(state.process_index, state.num_processes, str(state.device))
 
 
