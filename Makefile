@@ -91,7 +91,6 @@ bench-kmeans: $(RUNTIME)  ## the exact solver against scikit-learn's
 	$(BIN)/python bench/kmeans.py $(ARGS)
 
 bench-decode: $(DEV)  ## decoding on a CPU: packed caches against the fp cache, HQQ and Quanto
-	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
 	$(BIN)/python bench/decode_cpu.py $(ARGS)
 
 bench-decode-gpu: $(DEV)  ## packed attention against 16-bit SDPA on a CUDA GPU
@@ -129,7 +128,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python .cache/tmp
 	touch $@
 
 $(DEV): $(RUNTIME)
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
 # Commands make temporary files even when nothing is installed anew.

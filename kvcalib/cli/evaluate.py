@@ -1,13 +1,14 @@
-"""The command `eval`: what an artifact costs, on text, summaries or passkeys, with and without eviction."""
+"""The command `eval`: what an artifact costs, on text or a task, with and without eviction, beside baselines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvcalib.cli.commands import app
+from kvcalib.cli.comparing import print_comparison, print_task
 from kvcalib.cli.options import (
     BatchOption,
     DataOption,
@@ -24,7 +25,10 @@ from kvcalib.errors import InputError
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[list[str], typer.Argument(help="Artifact folders or Hub ids.", metavar="ARTIFACT...")],
+    artifact: Annotated[
+        list[str] | None,
+        typer.Argument(help="Artifact folders or Hub ids; none with --compare.", metavar="ARTIFACT..."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder or Hub id; default: the one the artifact names.")
     ] = None,
@@ -45,8 +49,35 @@ def evaluate(
         typer.Option(min=1, help="Feed this many tokens a pass, as decoding does; with --adaptive 1, with --keep 8."),
     ] = None,
     task: Annotated[
-        str, typer.Option(help="text, summaries (ROUGE; --data is a .jsonl of article, summary_gt), or passkey.")
+        str,
+        typer.Option(
+            help="text, summaries (ROUGE; --data is a .jsonl of article, summary_gt), passkey, recall (passages word "
+            "for word, and pass keys), or greedy (where generations leave the unquantized model's)."
+        ),
     ] = "text",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC,SPEC,...",
+            help="Beside baselines, with intervals: names with settings, as fp16,kivi:bits=2:residual=32.",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="With --compare: folder of a run, for baselines that need a calibration.")
+    ] = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="With --compare: verbatim recall and pass keys too.")
+    ] = False,
+    greedy: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --compare: greedy generations of this many tokens too; --task greedy: 512."),
+    ] = None,
+    costs: Annotated[bool, typer.Option("--costs", help="With --compare: time and device memory too.")] = False,
+    trials: Annotated[int | None, typer.Option(min=1, help="Of recall, at each length and depth; default 4.")] = None,
+    passage: Annotated[
+        str | None,
+        typer.Option(help="What recall plants: random (tokens), text, or auto: random if the model can copy."),
+    ] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Tokens that stay: below 1 a share of those seen, else a number. Scores continuations."),
@@ -80,10 +111,11 @@ def evaluate(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
-    """Perplexity and KLD against the unquantized model, on real packed storage; summaries; passkeys; with eviction."""
+    """Perplexity and KLD against the unquantized model, on real packed storage; tasks; eviction; beside baselines."""
     with errors():
         quiet_libraries()
         from kvcalib.runtime.loader import load
+        from kvcalib.stages import compare as comparing
         from kvcalib.stages import evaluate as stage
 
         settings = make_settings(
@@ -92,13 +124,47 @@ def evaluate(
             keep=keep, policy=tuple(policy or ()), age_norm=age_norm, streaming=streaming, per=per, prompt=prompt,
             device=device, batch_size=batch_size, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if task not in stage.TASKS:
-            raise InputError(f"--task is {task!r}, expected one of {', '.join(stage.TASKS)}")
-        loaded = [load(a) for a in artifact]
-        given = (loaded, model or loaded[0].manifest.model.name, settings, json)
+        if task not in (*stage.TASKS, *comparing.TASKS):
+            known = ", ".join((*stage.TASKS, *comparing.TASKS))
+            raise InputError(f"--task is {task!r}, expected one of {known}")
+        chosen: dict[str, Any] = {"run": run, "trials": trials, "passage": passage, "greedy": greedy}
+        chosen |= {"recall": recall or None, "costs": costs or None}
+        chosen = {option: value for option, value in chosen.items() if value is not None}
+        _check_together(task, compare, set(chosen))
+        if not artifact and compare is None:
+            raise InputError("no ARTIFACT is given; name one, or baselines with --compare")
+        if not artifact and model is None:
+            raise InputError("--model is missing: without an ARTIFACT nothing else names the model; give --model")
+        loaded = [load(a) for a in artifact or ()]
+        name = model or loaded[0].manifest.model.name
+        if compare is not None or task in comparing.TASKS:
+            specs = tuple(part.strip() for part in (compare or "").split(",") if part.strip())
+            options = make_settings(comparing.CompareSettings, specs=specs, **chosen)
+            if task in comparing.TASKS:
+                print_task(comparing.run_task(task, loaded, name, settings, options, json))
+            else:
+                print_comparison(comparing.run(loaded, name, settings, options, json))
+            return
+        given = (loaded, name, settings, json)
         if task == "summaries":
             print_summaries(stage.run_summaries(*given))
         elif task == "passkey":
             print_passkeys(stage.run_passkey(*given))
         else:
             print_evaluations(stage.run(*given))
+
+
+def _check_together(task: str, compare: str | None, chosen: set[str]) -> None:
+    """InputError if an option is given where it says nothing."""
+    if compare is not None and task != "text":
+        raise InputError(f"--compare and --task {task} exclude each other; with --compare give --recall or --greedy N")
+    if compare is not None and not compare.strip(" ,"):
+        raise InputError(f"--compare is {compare!r}, expected names with commas between them, as fp16,kivi")
+    recalls = {"trials", "passage"}
+    if chosen & recalls and task != "recall" and "recall" not in chosen:
+        raise InputError(f"--{min(chosen & recalls)} is for recall; give --recall with --compare, or --task recall")
+    allowed = {"recall": recalls, "greedy": {"greedy"}}.get(task, set())
+    if compare is None and chosen - allowed:
+        other = min(chosen - allowed)
+        instead = f", or --task {other}" if other in ("recall", "greedy") else ""
+        raise InputError(f"--{other} is for a comparison; give --compare as well, such as --compare fp16,kivi{instead}")

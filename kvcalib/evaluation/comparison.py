@@ -29,6 +29,10 @@ class RecallPoint(_Frozen):
     exact: float = Field(description="Share of trials in which every token was recalled.")
     tokens: float = Field(description="Share of tokens recalled, mean over trials (teacher forcing).")
     nll: float = Field(description="Of the tokens to recall, nats per token.")
+    blind_nll: float | None = Field(
+        default=None, description="The same of the unquantized model whose prompt does not hold the text to recall."
+    )
+    passage: Literal["random", "text"] | None = Field(default=None, description="Verbatim: what was planted.")
 
 
 class Greedy(_Frozen):
@@ -39,6 +43,14 @@ class Greedy(_Frozen):
     first_difference: float = Field(description="Median index of the first differing token; `tokens` if none differs.")
     identical: float = Field(description="Share of prompts whose generation is the same throughout.")
     agreement: float = Field(description="Share of positions with the same token, mean over prompts.")
+
+
+class PerSequence(_Frozen):
+    """Means over the scored positions of each sequence, in the order of the text; for paired differences of rows."""
+
+    nll: list[float]
+    kld: list[float]
+    top1: list[float]
 
 
 class Row(_Frozen):
@@ -61,6 +73,7 @@ class Row(_Frozen):
     peak_bytes: float | None = Field(
         default=None, description="Most device memory beyond the model's own while a sequence goes through; GPU only."
     )
+    per_sequence: PerSequence | None = None
     recall: list[RecallPoint] | None = None
     greedy: Greedy | None = None
     tasks: dict[str, float] | None = Field(default=None, description="lm-evaluation-harness metrics by task/metric.")
@@ -78,8 +91,42 @@ class Comparison(_Frozen):
     samples: int
     seq_len: int
     fp16_nll: float
+    scored: int = Field(default=0, description="Positions that KLD and agreement are means over.")
+    prompt: int = Field(default=0, description="Tokens at the front of a sequence that are not scored; 0: one pass.")
+    seed: int = Field(default=0, description="Of the bootstrap, the passages and the pass keys.")
     protocol: str
+    protocols: dict[str, str] = Field(default_factory=dict, description="Of recall, greedy and costs.")
+    notes: list[str] = Field(default_factory=list, description="What a reader of the figures should know.")
     created: str = Field(description="UTC, ISO 8601.")
     machine: str
     versions: dict[str, str]
     rows: list[Row]
+
+
+class TaskRow(_Frozen):
+    """One contender on one task."""
+
+    name: str
+    source: str
+    settings: dict[str, Any]
+    recall: list[RecallPoint] | None = None
+    greedy: Greedy | None = None
+    failed: str | None = None
+
+
+class TaskComparison(_Frozen):
+    """Contenders on one task alone: the JSON of `eval --task recall` and `--task greedy`."""
+
+    format: Literal["kvcalib-task"] = "kvcalib-task"
+    format_version: Literal[1] = 1
+    task: Literal["recall", "greedy"]
+    model: str
+    dtype: str
+    data: str
+    seed: int
+    protocol: str
+    notes: list[str] = Field(default_factory=list)
+    created: str = Field(description="UTC, ISO 8601.")
+    machine: str
+    versions: dict[str, str]
+    rows: list[TaskRow]

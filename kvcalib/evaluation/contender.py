@@ -30,10 +30,12 @@ class Contender(ABC):
     Attributes:
         name: what tables and JSON call it; with its settings where they are not the default ones (`kivi:bits=4`).
         source: paper or package that it is taken from, one line.
+        evicts: it lets tokens go after a prompt, which one pass over a text does not show.
     """
 
     name: str
     source: str = ""
+    evicts: bool = False
 
     @abstractmethod
     def run(self, model: PreTrainedModel) -> contextlib.AbstractContextManager[Session]:
@@ -80,7 +82,7 @@ class ArtifactContender(Contender):
         self.trial = Trial(artifact, eviction)
         self.artifact, self.sinks, self.recent, self.prefill = artifact, sinks, recent, prefill
         self.name = name or (artifact.path.name if artifact.path else "artifact")
-        self.source = "kvcalib"
+        self.source, self.evicts = "kvcalib", eviction is not None
 
     @contextlib.contextmanager
     def run(self, model: PreTrainedModel) -> Iterator[Session]:

@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcalib.evaluation import heavy_hitters
 from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.evaluation.heavy_hitters import Drawn
+from kvcalib.evaluation.passes import batches, next_tokens
 from kvcalib.evaluation.perplexity import Evaluation, check_finite
 from kvcalib.evaluation.trials import Session, Trial, cache_bytes, survivors, tokens_kept
-from kvcalib.model.loading import input_device
 from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.cache import PackedCache
 from kvcalib.runtime.loader import Prefill, check_fit, prove
@@ -102,9 +101,8 @@ def evaluate_continuations(
         model, sorted({i for trial in trials if trial.artifact for i in trial.artifact.quantizers})
     )
     exact, sums = _Sums(), [_Sums() for _ in trials]
-    for start in range(0, len(sequences), batch_size):
-        ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size])).long()
-        ids = ids.to(input_device(model))
+    done = 0
+    for ids in batches(model, sequences, batch_size):
         drawn: dict[int, Drawn] = {}
         if any(trial.eviction is not None for trial in trials):
             drawn = heavy_hitters.exact_attention(model, rotations, ids, first)
@@ -115,8 +113,9 @@ def evaluate_continuations(
             with trial.run(model, rotations, sinks, recent, prefill) as session:
                 found = _continue(session, ids, first, step, mine, drawn)
             mine.nll += _compare(expected, found, ids[:, first:], mine)
+        done += len(ids)
         if on_batch is not None:
-            on_batch(min(start + batch_size, len(sequences)))
+            on_batch(done)
     shape = (*sequences.shape, first, step)
     return [
         _result(model, trial, mine, exact, shape, sinks, recent, prefill)
@@ -142,7 +141,7 @@ def _continue(session: Session, ids: Tensor, first: int, step: int, mine: _Sums,
 
 def _compare(expected: Tensor, found: Tensor, ids: Tensor, mine: _Sums) -> list[float]:
     """NLL of each row's tokens, nats per token; KLD and agreement go into `mine`."""
-    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)
+    targets = next_tokens(ids)
     measured = compare_logits(expected.flatten(0, 1), found.flatten(0, 1), targets.flatten())
     mine.kld += float(measured["kld"].sum())
     mine.agree += float(measured["agree"].sum())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,14 +144,19 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(same, len(a) - 1)
 
 
-@dataclass
-class _Found:
-    """Of one trial."""
+@dataclass(frozen=True)
+class Answer:
+    """What a session made of one prompt.
 
-    cells: list[Cell] = field(default_factory=list)
-    right: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    bytes: list[float] = field(default_factory=list)
+    Attributes:
+        cell: whether the key was retrieved, and its score. right: share of the key's tokens that were the most likely.
+        kept, bytes: tokens and bytes of the cache when the question came.
+    """
+
+    cell: Cell
+    right: float
+    kept: float
+    bytes: float
 
 
 def evaluate_passkey(
@@ -175,15 +180,13 @@ def evaluate_passkey(
         UnsupportedModel, ArtifactMismatch: as `attach`.
     """
     everyone = [Trial(None), *trials]
-    found = [_Found() for _ in everyone]
+    found: list[list[Answer]] = [[] for _ in everyone]
     blind = []
     for done, needle in enumerate(needles, 1):
         for trial, mine in zip(everyone, found, strict=True):
             with trial.run(model, rotations, sinks, recent, prefill) as session:
-                _ask(session, needle, mine)
-        with Trial(None).run(model, rotations) as session:
-            cache, _ = session.read(torch.tensor([needle.blind], device=input_device(model)))
-            blind.append(float(_scores(session, needle.question, needle.key, cache)[0].mean()))
+                mine.append(ask(session, needle))
+        blind.append(blind_score(model, needle))
         if on_prompt is not None:
             on_prompt(done)
     protocol = PROTOCOL.format(
@@ -195,28 +198,33 @@ def evaluate_passkey(
             artifact=trial.where,
             policy=trial.policy,
             eviction=trial.described,
-            retrieved=statistics.fmean(cell.retrieved for cell in mine.cells),
-            score=statistics.fmean(cell.score for cell in mine.cells),
+            retrieved=statistics.fmean(each.cell.retrieved for each in mine),
+            score=statistics.fmean(each.cell.score for each in mine),
             blind_score=statistics.fmean(blind),
-            digits=statistics.fmean(mine.right),
-            kept=statistics.fmean(mine.kept),
-            cache_bytes=statistics.fmean(mine.bytes),
-            cells=mine.cells,
+            digits=statistics.fmean(each.right for each in mine),
+            kept=statistics.fmean(each.kept for each in mine),
+            cache_bytes=statistics.fmean(each.bytes for each in mine),
+            cells=[each.cell for each in mine],
             protocol=protocol,
         )
         for trial, mine in zip(everyone, found, strict=True)
     ]
 
 
-def _ask(session: Session, needle: Needle, mine: _Found) -> None:
+def ask(session: Session, needle: Needle) -> Answer:
+    """One prompt on a new cache of `session`."""
     cache, _ = session.read(torch.tensor([needle.context], device=input_device(session.model)))
-    mine.kept.append(tokens_kept(cache))
-    mine.bytes.append(cache_bytes(cache))
+    kept, held = tokens_kept(cache), cache_bytes(cache)
     score, right = _scores(session, needle.question, needle.key, cache)
-    mine.right.append(float(right.double().mean()))
-    mine.cells.append(
-        Cell(length=needle.length, depth=needle.depth, retrieved=bool(right.all()), score=float(score.mean()))
-    )
+    cell = Cell(length=needle.length, depth=needle.depth, retrieved=bool(right.all()), score=float(score.mean()))
+    return Answer(cell, float(right.double().mean()), kept, held)
+
+
+def blind_score(model: PreTrainedModel, needle: Needle) -> float:
+    """The unquantized model's score of the key that it has not seen."""
+    session = Session(model, None)
+    cache, _ = session.read(torch.tensor([needle.blind], device=input_device(model)))
+    return float(_scores(session, needle.question, needle.key, cache)[0].mean())
 
 
 def _scores(session: Session, question: list[int], key: list[int], cache: Any) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvcalib.errors import NonFiniteActivations
 from kvcalib.evaluation.divergence import compare_logits
-from kvcalib.evaluation.trials import cache_bytes
-from kvcalib.model.loading import input_device
+from kvcalib.evaluation.passes import batches, next_tokens, unquantized
 from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.loader import Artifact, Prefill, attach, check_fit, detach, prove
 from kvcalib.runtime.tiers import Adaptive
@@ -120,19 +119,17 @@ def evaluate(
         recent = adaptive.rule.window + step - 1 if recent is None else recent
     prefill = "exact" if step else prefill
     rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
-    device = input_device(model)
     sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in measured]
     held: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(measured)
     exact_bytes = 0.0
     first = sequences.shape[1] // 2 if prefill == "exact" and not step else 0
-    for start in range(0, len(sequences), batch_size):
-        ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + batch_size])).long().to(device)
-        targets = torch.nn.functional.pad(ids[:, first + 1 :], (0, 1), value=-1).flatten()
+    done = 0
+    for ids in batches(model, sequences, batch_size):
+        targets = next_tokens(ids[:, first:]).flatten()
         with torch.no_grad():
-            stock = DynamicCache(config=model.config.get_text_config(decoder=True))
-            expected = model(input_ids=ids, past_key_values=stock).logits[:, first:].flatten(0, 1)
-            exact_bytes = cache_bytes(stock) / len(ids)
-            del stock
+            logits, exact_bytes = unquantized(model, ids)
+            expected = logits[:, first:].flatten(0, 1)
+            del logits
             for number, (artifact, widths) in enumerate(measured):
                 chosen = {layer: rotations[layer] for layer in artifact.quantizers}
                 attachment = attach(model, artifact, sinks, recent, chosen, prefill, widths)
@@ -142,16 +139,15 @@ def evaluate(
                         model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
                         attachment.prefill = "quantized"
                     passes = torch.split(ids[:, first:], step or ids.shape[1], 1)
-                    logits = [model(input_ids=part, past_key_values=cache).logits for part in passes]
-                    found = torch.cat(logits, 1).flatten(0, 1)
-                    del logits
+                    found = torch.cat([model(input_ids=part, past_key_values=cache).logits for part in passes], 1)
                 finally:
                     detach(model)
                 held[number] = (cache.nbytes() / len(ids), cache.effective_bits(), cache.host_nbytes() / len(ids))
-                for name, values in compare_logits(expected, found, targets).items():
+                for name, values in compare_logits(expected, found.flatten(0, 1), targets).items():
                     sums[number][name] += float(values.sum())
+        done += len(ids)
         if on_batch is not None:
-            on_batch(min(start + batch_size, len(sequences)))
+            on_batch(done)
     return [
         _result(
             model, artifact, sequences[:, first:], total, size, exact_bytes, sinks, recent, prefill, sequences.shape[1],

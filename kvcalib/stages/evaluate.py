@@ -135,8 +135,8 @@ def run(
     model: Any = None,
 ) -> list[Evaluation]:
     """Measure `artifacts` on one model and text; writes a JSON object (a list for several) to `json_path`."""
-    _check_json(json_path)
-    loaded = _loaded(artifacts)
+    check_json(json_path)
+    loaded = loaded_artifacts(artifacts)
     if settings.adaptive is None and settings.keep_exact != "no":
         raise InputError(
             f"--keep-exact is {settings.keep_exact!r} without --adaptive; give the folder of `kvcalib tiers`"
@@ -150,9 +150,9 @@ def run(
     )
     if len(sequences) < settings.samples:
         note(f"eval: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
-    model = model if model is not None else _model(model_name, settings)
+    model = model if model is not None else loaded_model(model_name, settings)
     check_vocabulary(model, sequences, settings.data)
-    _check_budgets(model, settings)
+    check_budgets(model, settings)
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     with progress("eval", len(sequences), "sequences") as show:
         if settings.evicts:
@@ -177,13 +177,13 @@ def run_summaries(
     model: Any = None,
 ) -> list[Summaries]:
     """ROUGE of the unquantized model's summaries and of each trial's; `settings.data` is a .jsonl file of articles."""
-    _check_json(json_path)
-    loaded = _loaded(artifacts)
+    check_json(json_path)
+    loaded = loaded_artifacts(artifacts)
     articles = read_articles(settings.data, settings.samples)
     if len(articles) < settings.samples:
         note(f"eval: data {settings.data!r} has {len(articles)} articles, not {settings.samples}")
     tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
-    model = model if model is not None else _model(model_name, settings)
+    model = model if model is not None else loaded_model(model_name, settings)
     with progress("eval", len(articles), "articles") as show:
         results = evaluate_summaries(
             model, tokenizer, _rotations(model, loaded, settings), trials(loaded, settings), articles, settings.sinks,
@@ -201,12 +201,12 @@ def run_passkey(
     model: Any = None,
 ) -> list[Passkey]:
     """Passkey retrieval at a quarter, a half and all of `settings.seq_len`, `settings.samples` prompts of each."""
-    _check_json(json_path)
-    loaded = _loaded(artifacts)
+    check_json(json_path)
+    loaded = loaded_artifacts(artifacts)
     tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
     lengths = sorted({settings.seq_len // 4, settings.seq_len // 2, settings.seq_len})
     needles = make_needles(tokenizer, lengths, settings.samples, settings.seed)
-    model = model if model is not None else _model(model_name, settings)
+    model = model if model is not None else loaded_model(model_name, settings)
     with progress("eval", len(needles), "prompts") as show:
         results = evaluate_passkey(
             model, _rotations(model, loaded, settings), trials(loaded, settings), needles, settings.sinks,
@@ -227,15 +227,17 @@ def without_age(policy: str) -> Policy:
     return QHitter(age_norm=False) if policy == QHitter.name else find(policy)
 
 
-def _loaded(artifacts: Sequence[Artifact | str | Path]) -> list[Artifact]:
+def loaded_artifacts(artifacts: Sequence[Artifact | str | Path]) -> list[Artifact]:
+    """Those that are named, loaded."""
     return [a if isinstance(a, Artifact) else load(a) for a in artifacts]
 
 
-def _model(name: str, settings: EvalSettings) -> Any:
+def loaded_model(name: str, settings: EvalSettings) -> Any:
+    """The model, as the settings say."""
     return load_model(name, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
 
 
-def _check_budgets(model: Any, settings: EvalSettings) -> None:
+def check_budgets(model: Any, settings: EvalSettings) -> None:
     """InputError unless the model's context has tokens enough for `settings.keep`."""
     for eviction in settings.evictions:
         try:
@@ -245,13 +247,14 @@ def _check_budgets(model: Any, settings: EvalSettings) -> None:
 
 
 def _rotations(model: Any, artifacts: Sequence[Artifact], settings: EvalSettings) -> Any:
-    _check_budgets(model, settings)
+    check_budgets(model, settings)
     for artifact in artifacts:
         check_fit(artifact, model)
     return prove(model, sorted({i for artifact in artifacts for i in artifact.quantizers}))
 
 
-def _check_json(path: Path | None) -> None:
+def check_json(path: Path | None) -> None:
+    """InputError if no file can be at `path`."""
     if path is not None and path.is_dir():
         raise InputError(f"--json {path}: is a folder, expected a file")
 

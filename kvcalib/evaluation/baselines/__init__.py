@@ -10,11 +10,17 @@ from __future__ import annotations
 from kvcalib.errors import InputError
 from kvcalib.evaluation.baselines.baseline import Baseline
 from kvcalib.evaluation.baselines.calibrated import Calibrated, LayerSample
+from kvcalib.evaluation.baselines.hf_hqq import HfHqq
+from kvcalib.evaluation.baselines.hf_quanto import HfQuanto
 from kvcalib.evaluation.baselines.integer import Integer
 from kvcalib.evaluation.baselines.kivi import Kivi
+from kvcalib.evaluation.baselines.nf import NormalFloat
+from kvcalib.evaluation.baselines.turboquant import TurboQuant
 from kvcalib.evaluation.contender import Contender, Unquantized
 
-BASELINES: dict[str, type[Baseline]] = {kind.label: kind for kind in (Kivi, Integer)}
+BASELINES: dict[str, type[Baseline]] = {
+    kind.label: kind for kind in (HfHqq, HfQuanto, Kivi, Integer, NormalFloat, TurboQuant)
+}
 NAMES: tuple[str, ...] = (Unquantized.name, *BASELINES)
 """The names that a spec may begin with."""
 CALIBRATES: tuple[str, ...] = tuple(name for name, kind in BASELINES.items() if kind.calibrates)

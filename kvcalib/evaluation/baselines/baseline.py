@@ -23,7 +23,6 @@ from kvcalib.evaluation.baselines.calibrated import Calibrated
 from kvcalib.evaluation.contender import Contender
 from kvcalib.evaluation.trials import Session
 from kvcalib.model.selftest import full_attention_layers
-from kvcalib.runtime.layers import TapLayer
 from kvcalib.runtime.loader import kv_shape
 
 
@@ -162,8 +161,9 @@ class CacheSession(Session):
 
 def layer_bytes(layer: Any) -> int:
     """Bytes of what a layer holds, spare room included; a stock layer's elements count at 16 bits."""
-    if isinstance(layer, TapLayer):
-        return layer.nbytes
+    held = getattr(layer, "nbytes", None)
+    if held is not None:
+        return int(held)
     return sum(2 * t.numel() for t in (getattr(layer, n, None) for n in ("keys", "values")) if isinstance(t, Tensor))
 
 

@@ -9,10 +9,14 @@ from kvcalib.evaluation.baselines import BASELINES, NAMES, find
 from tests.tiny import tiny_family, tiny_llama, tokens
 
 SPECS = {
+    "hf-hqq": "hf-hqq:bits=2:group=16:residual=8",
+    "hf-quanto": "hf-quanto:bits=2:group=16:residual=8",
     "int": "int:bits=2",
     "kivi": "kivi:bits=2:group=4:residual=8",
+    "nf": "nf:bits=2",
+    "turboquant": "turboquant:bits=2",
 }
-STEADY = {"int"}
+STEADY = {"int", "nf", "turboquant"}
 """What a token is stored as, and when, depends on that token alone: passes may be cut anywhere."""
 
 
@@ -21,7 +25,12 @@ def model():
     return tiny_llama()
 
 
+PACKAGES = {"hf-hqq": "hqq", "hf-quanto": "optimum.quanto"}
+
+
 def contender(name):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason="the extra [bench] is not installed")
     return find(SPECS[name])
 
 

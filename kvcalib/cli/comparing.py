@@ -1,0 +1,155 @@
+"""The tables of `eval --compare`, and of its tasks alone: contenders below one another, intervals in brackets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+
+from kvcalib.cli.terminal import out_console
+
+if TYPE_CHECKING:
+    from kvcalib.evaluation.comparison import Comparison, Greedy, Interval, RecallPoint, Row, TaskComparison
+
+MOST_DECIMALS = 5
+
+
+def print_comparison(found: Comparison) -> None:
+    """Quality and size, then recall, greedy generations and costs where they were measured, and the protocol."""
+    table = _table("quality and size", "effective\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
+    for row in found.rows:
+        if row.failed is not None:
+            table.add_row(row.name, "not measured")
+            continue
+        exact = row is found.rows[0]
+        table.add_row(
+            row.name, f"{row.effective_bits:.2f}", f"{row.ppl:.3f}",
+            "" if exact else with_interval(row.delta_nll, signed=True), "0" if exact else with_interval(row.kld),
+            "0" if exact else rounded(row.kld_p99), "" if exact else with_interval(row.top1_agreement, 100),
+        )  # fmt: skip
+    out_console.print(table)
+    measured = [row for row in found.rows if row.failed is None]
+    print_recall([(row.name, row.recall) for row in measured if row.recall])
+    print_greedy([(row.name, row.greedy) for row in measured if row.greedy])
+    print_costs([row for row in measured if row.prefill_seconds is not None])
+    exact_row = found.rows[0]
+    baseline = (
+        f"unquantized, its cache counted at 16 bits: {exact_row.fp16_cache_bytes / found.seq_len:.0f} bytes a token; "
+        f"its NLL {found.fp16_nll:.4f}, PPL {exact_row.ppl:.3f}"
+    )
+    _say(f"text: {found.data}, {found.samples} sequences of {found.seq_len} tokens, {found.scored} positions scored")
+    _say(f"model: {found.model} in {found.dtype}; baseline: fp16, {baseline}")
+    _say(f"protocol: {found.protocol}")
+    for line in (*found.protocols.values(), *found.notes):
+        _say(line)
+
+
+def print_task(found: TaskComparison) -> None:
+    """One task alone, and its protocol."""
+    print_recall([(row.name, row.recall) for row in found.rows if row.recall])
+    print_greedy([(row.name, row.greedy) for row in found.rows if row.greedy])
+    _say(f"model: {found.model} in {found.dtype}; baseline: fp16, unquantized; text: {found.data}")
+    _say(f"protocol: {found.protocol}")
+    for line in found.notes:
+        _say(line)
+
+
+def print_recall(rows: Sequence[tuple[str, list[RecallPoint]]]) -> None:
+    """By kind and length: shares of tokens and of whole passages, NLL; means over depths."""
+    for kind, what in (("verbatim", "passage"), ("passkey", "key")):
+        lengths = sorted({point.length for _, points in rows for point in points if point.kind == kind})
+        if not lengths:
+            continue
+        columns = [f"{name}\n{length}" for length in lengths for name in ("tokens %", f"{what} %", "NLL")]
+        table = _table(f"{kind} recall by length, means over depths", *columns)
+        blind = ["blind"]
+        for name, points in rows:
+            cells = [name]
+            for length in lengths:
+                mine = [point for point in points if point.kind == kind and point.length == length]
+                cells += [
+                    f"{100 * _mean(point.tokens for point in mine):.1f}",
+                    f"{100 * _mean(point.exact for point in mine):.0f}",
+                    f"{_mean(point.nll for point in mine):.3f}",
+                ]
+                if name == rows[0][0]:
+                    blind += ["", "", f"{_mean(point.blind_nll or 0.0 for point in mine):.3f}"]
+            table.add_row(*cells)
+        table.add_row(*blind)
+        out_console.print(table)
+
+
+def print_greedy(rows: Sequence[tuple[str, Greedy]]) -> None:
+    """Where generations leave the unquantized model's."""
+    if not rows:
+        return
+    table = _table(
+        "greedy generations", "tokens", "first difference\n(median)", "same\nthroughout %", "tokens\nthe same %"
+    )
+    for name, greedy in rows:
+        table.add_row(
+            name, str(greedy.tokens), f"{greedy.first_difference:g}", f"{100 * greedy.identical:.0f}",
+            f"{100 * greedy.agreement:.1f}",
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def print_costs(rows: Sequence[Row]) -> None:
+    """Times and memory."""
+    if not rows:
+        return
+    peak = any(row.peak_bytes is not None for row in rows)
+    table = _table(
+        "costs", "cache bytes", "prefill ms", "decode ms\na token", *(["peak MB\nbeyond model"] if peak else [])
+    )
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.cache_bytes:.0f}", f"{1000 * (row.prefill_seconds or 0):.1f}",
+            f"{1000 * (row.decode_seconds or 0):.2f}",
+            *([] if not peak else ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"]),
+        )  # fmt: skip
+    out_console.print(table)
+
+
+def with_interval(found: Interval, times: float = 1.0, signed: bool = False) -> str:
+    """`0.0123 [0.0118, 0.0129]`: three significant digits of the value, the bounds with as many decimals.
+
+    Args:
+        times: 100 for percent, then one decimal. signed: a + before a value above 0.
+    """
+    decimals = 1 if times != 1.0 else _decimals(found.value, found.high - found.low)
+    value, low, high = (f"{times * x:.{decimals}f}" for x in (found.value, found.low, found.high))
+    return f"{'+' if signed and found.value > 0 else ''}{value} [{low}, {high}]"
+
+
+def rounded(value: float) -> str:
+    """Three significant digits, at most `MOST_DECIMALS` decimals."""
+    return f"{value:.{_decimals(value, 0.0)}f}"
+
+
+def _decimals(value: float, width: float) -> int:
+    """Decimals that show three significant digits of the larger of the two."""
+    largest = max(abs(value), width)
+    if largest == 0:
+        return MOST_DECIMALS
+    return min(MOST_DECIMALS, max(0, 2 - math.floor(math.log10(largest))))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", overflow="fold", min_width=12)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(1, len(found))
+
+
+def _say(line: str) -> None:
+    out_console.print(line, highlight=False, soft_wrap=True, markup=False)
