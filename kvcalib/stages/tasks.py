@@ -7,13 +7,16 @@ does, and a YAML there may take its data from a local file (`dataset_path: json`
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvcalib.errors import CacheBypassed, InputError, KvcalibError
+from kvcalib.errors import CacheBypassed, InputError
 from kvcalib.evaluation.contender import Contender
 from kvcalib.evaluation.failures import Failures
 from kvcalib.model.loading import resolve
@@ -22,6 +25,12 @@ PROTOCOL = (
     "tasks ({names}): lm-eval {version}, {fewshot}, {limit}; log-likelihoods and generations on the contender's own "
     "cache, prompts included, rows of one length per batch, so that none is padded"
 )
+SEED = 1234
+"""The harness' own default."""
+
+RESAMPLED = 1000
+"""Bootstrap replicates of a standard error that no formula gives."""
+
 UNREACHABLE = ("datasets", "huggingface_hub", "requests", "urllib3", "httpx", "httpx2", "aiohttp", "fsspec")
 """Libraries whose errors say that a data set cannot be had."""
 
@@ -61,24 +70,36 @@ class Harness:
             raise InputError(f"--include-path is {str(include)!r}: no such folder; give one with tasks as YAML files")
         self.settings, self.version = settings, lm_eval.__version__
         made = {"pretrained": resolve(model_name), "max_seq_lengths": [seq_len]}
-        self._manager = TaskManager(include_path=None if include is None else str(include), metadata=made)
-        known = set(self._manager.all_tasks)
+        # The harness' own tasks are some ten thousand files, read only where a name is not of the folder's.
+        own = None if include is None else TaskManager(include_path=str(include), include_defaults=False, metadata=made)
+        if own is None or set(settings.names) - set(own.all_tasks):
+            own = TaskManager(include_path=None if include is None else str(include), metadata=made)
+        self._check_names(set(own.all_tasks))
+        self._loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in settings.names:
+            try:
+                found = own.load([name])
+            except Exception as error:
+                raise InputError(f"--tasks {name}: {_why(error)}") from error
+            for kind, each in self._loaded.items():
+                each.update(found[kind])
+        for task in self._loaded["tasks"].values():
+            # As the harness does: a task whose own number is 0 keeps it.
+            if settings.fewshot is not None and task.get_config("num_fewshot") != 0:
+                task.set_config(key="num_fewshot", value=settings.fewshot)
+            elif task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+
+    def _check_names(self, known: set[str]) -> None:
+        """InputError for a name that is no task's."""
+        for name in self.settings.names:
             if name not in known:
                 close = [k for k in sorted(known) if name.lower() in k.lower()][:8]
                 like = f"; there is {', '.join(close)}" if close else ""
-                where = " and --include-path" if include is not None else "; own tasks are given with --include-path"
+                where = "; own tasks are given with --include-path"
+                if self.settings.include_path is not None:
+                    where = f" and none in {self.settings.include_path}"
                 raise InputError(f"--tasks names {name!r}, which is no task of lm-eval {self.version}{where}{like}")
-            self._load(name)
-
-    def _load(self, name: str) -> None:
-        """The task's data, or InputError that says what is missing."""
-        try:
-            self._manager.load([name])
-        except Exception as error:
-            if isinstance(error, KvcalibError):
-                raise
-            raise InputError(f"--tasks {name}: {_why(error)}") from error
 
     @property
     def protocol(self) -> str:
@@ -117,24 +138,23 @@ class Harness:
         return found
 
     def _measure(self, model: Any, tokenizer: Any, contender: Contender, batch_size: int) -> dict[str, float]:
-        from lm_eval import simple_evaluate
+        from lm_eval.evaluator import evaluate
 
         from kvcalib.evaluation.tasks import PackedLM, metrics
 
+        # Every contender is asked the same, few-shot examples included.
+        random.seed(SEED)
+        np.random.seed(SEED)  # noqa: NPY002 what tasks draw from
+        torch.manual_seed(SEED)
+        for task in self._loaded["tasks"].values():
+            task.set_fewshot_seed(seed=SEED)
         with PackedLM(model, tokenizer, contender=contender, batch_size=batch_size) as lm:
-            results = simple_evaluate(
-                lm,
-                tasks=list(self.settings.names),
-                num_fewshot=self.settings.fewshot,
-                limit=self.settings.limit,
-                task_manager=self._manager,
-                bootstrap_iters=1000,
-                log_samples=False,
+            results = evaluate(
+                lm, self._loaded, limit=self.settings.limit, bootstrap_iters=RESAMPLED, log_samples=False
             )
             if not lm.attached_calls:
                 raise CacheBypassed(f"tasks: {', '.join(self.settings.names)} made no pass of the model at all")
-        assert results is not None
-        return metrics(results)
+        return metrics(results or {"results": {}})
 
 
 def _why(error: Exception) -> str:
