@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 from kvcalib.evaluation.contender import ArtifactContender, Contender, Unquantized
 from kvcalib.evaluation.continuation import split
 from kvcalib.evaluation.divergence import compare_logits
+from kvcalib.evaluation.passes import batches, next_tokens
 from kvcalib.evaluation.perplexity import check_finite
 from kvcalib.evaluation.trials import Session, cache_bytes, tokens_kept
-from kvcalib.model.loading import input_device
 from kvcalib.runtime.loader import Artifact, attach, detach, prove
 from kvcalib.runtime.tiers import Adaptive
 
@@ -97,21 +97,21 @@ class Reading:
         """
         sums = dict.fromkeys(("kld", "agree", "nll", "expected_nll"), 0.0)
         held = exact = kept = 0.0
-        for start in range(0, len(self.sequences), self.batch_size):
-            part = self.sequences[start : start + self.batch_size]
-            ids = torch.from_numpy(np.ascontiguousarray(part)).long().to(input_device(self.model))
-            expected, exact = self._expected(start, ids)
+        done = 0
+        for ids in batches(self.model, self.sequences, self.batch_size):
+            expected, exact = self._expected(done, ids)
             with contender.run(self.model) as session:
                 logits, cache = self._read(session, ids)
                 held = contender.nbytes(cache) / len(ids)
                 kept = tokens_kept(cache)
                 del cache
-            targets = torch.nn.functional.pad(ids[:, self.first + 1 :], (0, 1), value=-1).flatten()
+            targets = next_tokens(ids[:, self.first :]).flatten()
             compared = compare_logits(expected.flatten(0, 1), logits.flatten(0, 1), targets)
             for name, values in compared.items():
                 sums[name] += float(values.sum())
+            done += len(ids)
             if on_batch is not None:
-                on_batch(min(start + self.batch_size, len(self.sequences)))
+                on_batch(done)
         rows, length = len(self.sequences), self.sequences.shape[1] - self.first
         nll, exact_nll = (sums[name] / (rows * (length - 1)) for name in ("nll", "expected_nll"))
         check_finite(nll, exact_nll)

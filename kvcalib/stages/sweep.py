@@ -163,7 +163,7 @@ def _settle(
         )
         folder.store.append(made)
         attempts.unlink(missing_ok=True)
-        measured = len({*known, key} & {grid.key(p) for p in grid.points})
+        measured = len(set(folder.store.read()) & set(map(grid.key, grid.points)))
         note(f"sweep: {measured}/{total} {made.name}: {_said(made, grid.metric)}")
     return True
 

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from kvcalib.artifact.store import MANIFEST
-from kvcalib.calibration.statistics import Calibration
-from kvcalib.evaluation.baselines import CALIBRATES, Calibrated, LayerSample, find
+from kvcalib.evaluation.baselines import CALIBRATES, find
 from kvcalib.evaluation.contender import ArtifactContender, Contender
 from kvcalib.evaluation.ways import AdaptiveContender, Figures, Reading, effective_bits
 from kvcalib.model.identity import identify
@@ -32,6 +31,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import Prefill, load
 from kvcalib.runtime.tiers import RULE, load_adaptive
 from kvcalib.stages import allocate, build, fisher, fit_nuq, tiers
+from kvcalib.stages.compare import calibrated_of
 from kvcalib.stages.dial import budget_of
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note
@@ -144,7 +144,7 @@ class Work:
         if calibrates(spec):
             # Of this point only the calibration is used, which is the grid's.
             point = Point(baseline=spec, window=self.grid.calibrate.window)
-            calibrated = read_calibrated(self.calibration(point, self.grid.names(point)))
+            calibrated = calibrated_of(self.calibration(point, self.grid.names(point)).path, self.model)
         return find(spec, calibrated)
 
     @contextlib.contextmanager
@@ -179,17 +179,6 @@ def _measures(found: Figures) -> Measures:
         top1_agreement=found.top1_agreement,
         kept=found.kept,
     )
-
-
-def read_calibrated(run_dir: RunDir) -> Calibrated:
-    """The sampled tokens of a run's calibration."""
-    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-    layers = {}
-    for shape in calibration.info.layers:
-        data = calibration.layer(shape.index)
-        names = ("key", "value", "key_fisher", "value_fisher")
-        layers[shape.index] = LayerSample(*(data[f"sample.{name}"] for name in names))
-    return Calibrated(layers, calibration.tensors["sample.position"], str(run_dir.path))
 
 
 def calibrates(spec: str) -> bool:

@@ -95,9 +95,10 @@ def test_with_and_without_the_artifact(home, monkeypatch):
     # The attach really happened: every pass was seen to read the artifact's cache, which takes a fraction of the bytes.
     exact, ours = seen
     assert (exact.contender.name, ours.contender.name) == ("fp16", "ours")
-    assert ours.attached_calls >= 12
-    assert ours.cached_tokens == exact.cached_tokens > 0
-    assert 0 < ours.cache_bytes < exact.cache_bytes / 2
+    # One pass at least for the choices, and one per prompt and token generated.
+    assert ours.attached_calls > 4
+    per_token = [each.cache_bytes / each.cached_tokens for each in seen]
+    assert 0 < per_token[1] < per_token[0] / 2
 
 
 def test_a_bypass_is_not_a_failed_row(home, monkeypatch):
@@ -140,11 +141,9 @@ def test_the_command(home, tmp_path):
 def test_what_cannot_be_measured_is_told_before_anything_runs(home, tmp_path):
     folder, _, artifact = home
     given = ("eval", artifact.path, "--model", "builtin", "--include-path", folder / "yaml", "--tasks")
-    refused(
-        2, "far_away: its data cannot be reached from here.*dataset_path is json.*local data_files", *given, "far_away"
-    )
-    refused(2, "names 'local_choise', which is no task", *given, "local_choise")
-    refused(2, "no task of lm-eval .*; there is .*hellaswag", *given, "hellaswa")
+    refused(2, "far_away: its data cannot be reached.*dataset_path is json.*local data_files", *given, "far_away")
+    unknown = "names 'hellaswa', which is no task of lm-eval .* and none in .*; there is .*hellaswag"
+    refused(2, unknown, *given, "hellaswa")
     refused(2, "--tasks is ',', expected names", *given, ",")
     refused(2, "--task-limit is for tasks of lm-eval", "eval", artifact.path, "--task-limit", 3)
     refused(2, "--tasks and --task passkey exclude", *given, "local_choice", "--task", "passkey")
