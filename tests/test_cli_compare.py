@@ -1,14 +1,13 @@
 """`kvcalib eval --compare`, and the tasks recall and greedy, as a user meets them."""
 
 import json
-import re
 import shutil
 
 import pytest
 import torch
 
 from kvcalib.calibration.statistics import Calibration
-from kvcalib.cli.comparing import rounded, with_interval
+from kvcalib.cli.comparing import folded, rounded, with_interval
 from kvcalib.demo import MODEL_DIR
 from kvcalib.errors import InputError
 from kvcalib.evaluation.comparison import Comparison, Interval, TaskComparison
@@ -58,11 +57,14 @@ def test_artifacts_and_baselines_in_one_table(home):
     assert (integer.settings["bits"], kivi.settings["residual"]) == (4, 16)
     assert 0 == fp16.kld.value < four.kld.value < two.kld.value
     assert two.effective_bits < four.effective_bits < fp16.effective_bits == 16
+    assert "kivi:group=16: " in shown  # and below it
+    assert "residual=16" in shown
     for row in found.rows[1:]:
         assert row.failed is None
         assert row.kld.low < row.kld.value < row.kld.high < row.kld_p99
-        assert with_interval(row.kld) in shown
-        assert re.search(rf"^ *{re.escape(row.name[:12])}", shown, re.MULTILINE)  # a long name goes on below
+        for shown_whole in (row.kld, row.delta_nll):
+            assert with_interval(shown_whole) in shown
+        assert with_interval(row.top1_agreement, 100) in shown
     for said in ("3 sequences of 64 tokens", "192 positions scored", "baseline: fp16", "bytes a token",
                  f"PPL {fp16.ppl:.3f}", "every position scored", "only 3 sequences", "paired bootstrap"):  # fmt: skip
         assert said in shown
@@ -144,12 +146,22 @@ def test_tasks_alone(home):
     assert {point.passage for point in found.rows[1].recall if point.kind == "verbatim"} == {"random"}
     assert found.rows[0].greedy is None
     assert "the unquantized model itself repeats" in shown
-    shown, written = measure(home, "--task", "greedy", *TEXT, "--greedy", 7, artifacts=("nuq2",))
+    arguments = ("--task", "greedy", *TEXT, "--greedy", 7, "--compare", "int")
+    shown, written = measure(home, *arguments, artifacts=("nuq2",))
     found = TaskComparison.model_validate(written)
-    assert [row.greedy.tokens for row in found.rows] == [7, 7]
+    assert [(row.name, row.greedy.tokens) for row in found.rows] == [("fp16", 7), ("nuq2", 7), ("int", 7)]
     assert "3 prompts of 32 tokens" in shown
     refused(2, "length is 16 tokens, a passage of 32 tokens twice takes 64", "eval", home / "nuq2", "--model",
             home / "model", "--data", home / "text.jsonl", "--task", "recall", "--seq-len", 16)  # fmt: skip
+
+
+def test_baselines_that_are_fitted_take_a_run(home):
+    spec = "kvquant-published:bits=3"
+    _, written = measure(home, *TEXT, "--compare", spec, "--run", home / "bits4/run", artifacts=())
+    assert [row["failed"] for row in written["rows"]] == [None, None]
+    assert written["rows"][1]["kld"]["value"] > 0
+    refused(2, "--compare kvquant-published:bits=3 is fitted to a calibration; give --run", "eval", "--model",
+            home / "model", "--data", home / "text.jsonl", *TEXT, "--compare", spec)  # fmt: skip
 
 
 def test_baselines_get_the_token_sample_of_the_run(tmp_path):
@@ -192,6 +204,7 @@ def test_an_artifact_of_another_model_is_refused(home):
         (("--costs",), "--costs is for a comparison"),
         (("--task", "greedy", "--costs"), "--costs is for a comparison"),
         (("--task", "greedy", "--trials", 2), "--trials is for recall"),
+        (("--task", "greedy", "--compare", "int", "--recall"), "--recall and --task greedy exclude each other"),
     ],
 )  # fmt: skip
 def test_bad_options(home, arguments, message):
@@ -223,3 +236,9 @@ def test_figures_have_three_digits_and_bounds_as_many_decimals(value, low, high,
 def test_shares_are_percent():
     assert with_interval(Interval(value=0.9812, low=0.97, high=1.0), 100) == "98.1 [97.0, 100.0]"
     assert (rounded(0.0353), rounded(2.0), rounded(0.0)) == ("0.0353", "2.00", "0.00000")
+
+
+def test_long_names_are_broken_behind_colons():
+    assert folded("nuq2.5") == "nuq2.5"
+    assert folded("kivi:bits=2:group=16:residual=32").splitlines() == ["kivi:bits=2:", "group=16:", "residual=32"]
+    assert folded("kvquant-published:bits=2").splitlines() == ["kvquant-published:", "bits=2"]

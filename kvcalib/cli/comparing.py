@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from kvcalib.evaluation.comparison import Comparison, Greedy, Interval, RecallPoint, Row, TaskComparison
 
 MOST_DECIMALS = 5
+NAME_WIDTH = 18
 
 
 def print_comparison(found: Comparison) -> None:
     """Quality and size, then recall, greedy generations and costs where they were measured, and the protocol."""
-    table = _table("quality and size", "effective\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
+    table = _table("quality and size", "eff.\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
     for row in found.rows:
         if row.failed is not None:
-            table.add_row(row.name, "not measured")
+            table.add_row(folded(row.name), "not measured")
             continue
         exact = row is found.rows[0]
         table.add_row(
-            row.name, f"{row.effective_bits:.2f}", f"{row.ppl:.3f}",
+            folded(row.name), f"{row.effective_bits:.2f}", f"{row.ppl:.3f}",
             "" if exact else with_interval(row.delta_nll, signed=True), "0" if exact else with_interval(row.kld),
             "0" if exact else rounded(row.kld_p99), "" if exact else with_interval(row.top1_agreement, 100),
         )  # fmt: skip
@@ -41,6 +42,7 @@ def print_comparison(found: Comparison) -> None:
         f"unquantized, its cache counted at 16 bits: {exact_row.fp16_cache_bytes / found.seq_len:.0f} bytes a token; "
         f"its NLL {found.fp16_nll:.4f}, PPL {exact_row.ppl:.3f}"
     )
+    _say("eff. bits: effective bits; in brackets 95 % intervals of the mean over sequences; fp16: unquantized")
     _say(f"text: {found.data}, {found.samples} sequences of {found.seq_len} tokens, {found.scored} positions scored")
     _say(f"model: {found.model} in {found.dtype}; baseline: fp16, {baseline}")
     _say(f"protocol: {found.protocol}")
@@ -68,7 +70,7 @@ def print_recall(rows: Sequence[tuple[str, list[RecallPoint]]]) -> None:
         table = _table(f"{kind} recall by length, means over depths", *columns)
         blind = ["blind"]
         for name, points in rows:
-            cells = [name]
+            cells = [folded(name)]
             for length in lengths:
                 mine = [point for point in points if point.kind == kind and point.length == length]
                 cells += [
@@ -92,7 +94,7 @@ def print_greedy(rows: Sequence[tuple[str, Greedy]]) -> None:
     )
     for name, greedy in rows:
         table.add_row(
-            name, str(greedy.tokens), f"{greedy.first_difference:g}", f"{100 * greedy.identical:.0f}",
+            folded(name), str(greedy.tokens), f"{greedy.first_difference:g}", f"{100 * greedy.identical:.0f}",
             f"{100 * greedy.agreement:.1f}",
         )  # fmt: skip
     out_console.print(table)
@@ -108,7 +110,7 @@ def print_costs(rows: Sequence[Row]) -> None:
     )
     for row in rows:
         table.add_row(
-            row.name, f"{row.cache_bytes:.0f}", f"{1000 * (row.prefill_seconds or 0):.1f}",
+            folded(row.name), f"{row.cache_bytes:.0f}", f"{1000 * (row.prefill_seconds or 0):.1f}",
             f"{1000 * (row.decode_seconds or 0):.2f}",
             *([] if not peak else ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"]),
         )  # fmt: skip
@@ -152,6 +154,16 @@ def rounded(value: float) -> str:
     return f"{value:.{_decimals(value, 0.0)}f}"
 
 
+def folded(name: str) -> str:
+    """A spec on lines of at most `NAME_WIDTH` characters where its settings allow it, broken behind colons."""
+    lines = [""]
+    for part in name.replace(":", ":\n").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) > NAME_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def _decimals(value: float, width: float) -> int:
     """Decimals that show three significant digits of the larger of the two."""
     largest = max(abs(value), width)
@@ -162,7 +174,7 @@ def _decimals(value: float, width: float) -> int:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("", overflow="fold", min_width=12)
+    table.add_column("", overflow="fold", min_width=NAME_WIDTH)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

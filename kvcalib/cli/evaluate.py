@@ -140,15 +140,14 @@ def evaluate(
         chosen |= {"recall": recall or None, "costs": costs or None}
         chosen = {option: value for option, value in chosen.items() if value is not None}
         harness = _task_settings(tasks, task, limit=task_limit, include_path=include_path, fewshot=fewshot)
-        compare = "" if compare is None and harness is not None else compare
-        _check_together(task, compare, set(chosen), harness is not None)
-        if not artifact and not compare:
+        _check_together(task, compare, set(chosen))
+        if not artifact and compare is None:
             raise InputError("no ARTIFACT is given; name one, or baselines with --compare")
         if not artifact and model is None:
             raise InputError("--model is missing: without an ARTIFACT nothing else names the model; give --model")
         loaded = [load(a) for a in artifact or ()]
         name = model or loaded[0].manifest.model.name
-        if compare is not None or task in comparing.TASKS:
+        if compare is not None or harness is not None or task in comparing.TASKS:
             specs = tuple(part.strip() for part in (compare or "").split(",") if part.strip())
             options = make_settings(comparing.CompareSettings, specs=specs, tasks=harness, **chosen)
             if task in comparing.TASKS:
@@ -183,17 +182,22 @@ def _task_settings(names: str | None, task: str, **chosen: Any) -> Any:
     return make_settings(TaskSettings, names=listed, **chosen)
 
 
-def _check_together(task: str, compare: str | None, chosen: set[str], tasks: bool = False) -> None:
+def _check_together(task: str, compare: str | None, chosen: set[str]) -> None:
     """InputError if an option is given where it says nothing."""
-    if compare is not None and task != "text":
-        raise InputError(f"--compare and --task {task} exclude each other; with --compare give --recall or --greedy N")
-    if compare is not None and not tasks and not compare.strip(" ,"):
+    if compare is not None and task not in ("text", "recall", "greedy"):
+        raise InputError(f"--compare and --task {task} exclude each other; compare text, recall or greedy")
+    if compare is not None and not compare.strip(" ,"):
         raise InputError(f"--compare is {compare!r}, expected names with commas between them, as fp16,kivi")
-    recalls = {"trials", "passage"}
+    recalls, of_text = {"trials", "passage"}, {"recall", "greedy", "costs"}
     if chosen & recalls and task != "recall" and "recall" not in chosen:
         raise InputError(f"--{min(chosen & recalls)} is for recall; give --recall with --compare, or --task recall")
-    allowed = {"recall": recalls, "greedy": {"greedy"}}.get(task, set())
-    if compare is None and chosen - allowed:
-        other = min(chosen - allowed)
-        instead = f", or --task {other}" if other in ("recall", "greedy") else ""
-        raise InputError(f"--{other} is for a comparison; give --compare as well, such as --compare fp16,kivi{instead}")
+    own = {"recall": recalls, "greedy": {"greedy"}}.get(task, set())
+    beside = {"run"} if task != "text" else {"run"} | recalls | of_text
+    for option in sorted(chosen - own):
+        instead = f", or --task {option}" if option in ("recall", "greedy") else ""
+        if compare is None:
+            raise InputError(
+                f"--{option} is for a comparison; give --compare as well, such as --compare fp16,kivi{instead}"
+            )
+        if option not in beside:
+            raise InputError(f"--{option} and --task {task} exclude each other; leave --task out to measure both")

@@ -91,11 +91,6 @@ def compare(
     failures = Failures() if failures is None else failures
     everyone = [Unquantized(), *(each for each in contenders if not isinstance(each, Unquantized))]
     check_names(everyone)
-    for each in everyone:
-        if each.evicts and not prompt and each.name not in failures:
-            failures[each.name] = (
-                "lets tokens go after a prompt, which one pass over a text does not show; give --prompt, such as 0.5"
-            )
     sums = {each.name: _Sums() for each in everyone}
     exact_bytes, done = 0.0, 0
     for ids in batches(model, sequences, batch_size):
@@ -132,7 +127,7 @@ def compare(
         prompt=prompt,
         seed=seed,
         protocol=PROTOCOL.format(how=how, samples=len(sequences), replicates=replicates, seed=seed),
-        notes=_notes(rows, len(sequences)),
+        notes=_notes(rows, [each.name for each in everyone if each.evicts and not prompt], len(sequences)),
         created=now(),
         machine=machine(),
         versions=versions(),
@@ -239,8 +234,12 @@ def _failed(contender: Contender, why: str, exact_bytes: float) -> Row:
     )  # fmt: skip
 
 
-def _notes(rows: Sequence[Row], samples: int) -> list[str]:
+def _notes(rows: Sequence[Row], evicting: Sequence[str], samples: int) -> list[str]:
     found = [f"{row.name}: not measured: {row.failed}" for row in rows if row.failed is not None]
+    found += [
+        f"{name}: lets tokens go behind a prompt; one pass shows its quantization alone, give --prompt, such as 0.5"
+        for name in evicting
+    ]
     if samples < FEWEST:
         found.append(
             f"only {samples} sequences: intervals from fewer than {FEWEST} are too narrow; give more --samples"

@@ -264,7 +264,7 @@ class _PackedAttention:
                 f"the attached model was given a {type(tap.cache).__name__} as past_key_values; "
                 "pass artifact.new_cache(model), or nothing, or call kvcalib.detach(model) first"
             )
-        tap.cache.expect(tap.layer, _valid(tap.mask))
+        tap.cache.expect(tap.layer, valid_tokens(tap.mask))
 
     @torch.compiler.disable
     def attend(self, call: Call) -> AttentionOutput:
@@ -294,7 +294,7 @@ class _PackedAttention:
         return attend_packed(call, layer.view(count, positions)), None
 
 
-def _valid(mask: Tensor | None) -> Tensor | None:
+def valid_tokens(mask: Tensor | None) -> Tensor | None:
     """Which of the new tokens are real, `[B, Q]` bool, read off the last query's row of the mask."""
     if mask is None or mask.ndim != 4:
         return None

@@ -19,7 +19,7 @@ from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import InputError
 from kvcalib.evaluation import costs, greedy
 from kvcalib.evaluation import recall as recalling
-from kvcalib.evaluation.baselines import CALIBRATES, Calibrated, LayerSample, find
+from kvcalib.evaluation.baselines import CALIBRATES, Calibrated, find
 from kvcalib.evaluation.compare import check_names, compare
 from kvcalib.evaluation.comparison import Comparison, Greedy, RecallPoint, Row, TaskComparison, TaskRow
 from kvcalib.evaluation.contender import ArtifactContender, Contender, Unquantized
@@ -34,6 +34,7 @@ from kvcalib.model.loading import load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import Artifact, check_fit
+from kvcalib.stages import calibrated
 from kvcalib.stages.evaluate import EvalSettings, check_budgets, check_json, loaded_artifacts, loaded_model
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note, progress
@@ -192,24 +193,17 @@ def run_task(
 
 
 def calibrated_of(folder: Path, model: Any) -> Calibrated:
-    """The token sample of a run, as the baselines that need one want it.
+    """The token sample of a run, for the baselines that are fitted to one.
 
     Raises:
         InputError: no run or calibration there, or it is of another model.
     """
     run_dir = RunDir(folder)
+    run_dir.settings("fisher")
     calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
     for apart in calibration.info.model.differences(identify(model), HARD):
         raise InputError(f"--run {folder}: calibrated on another model: this model's {apart}; give a run of this one")
-    samples = {shape.index: calibration.layer(shape.index) for shape in calibration.info.layers}
-    return Calibrated(
-        layers={
-            index: LayerSample(*(tensors[f"sample.{name}"] for name in ("key", "value", "key_fisher", "value_fisher")))
-            for index, tensors in samples.items()
-        },
-        position=calibration.tensors["sample.position"],
-        source=str(folder),
-    )
+    return calibrated.sample_of(calibration, str(run_dir.path))
 
 
 def _check_one_pass(settings: EvalSettings) -> None:
@@ -253,8 +247,8 @@ def _prepare(
     check_budgets(model, settings)
     for artifact in loaded:
         check_fit(artifact, model)
-    calibrated = None if options.run is None else calibrated_of(options.run, model)
-    baselines = [find(spec, calibrated) for spec in options.specs]
+    sample = None if options.run is None else calibrated_of(options.run, model)
+    baselines = [find(spec, sample) for spec in options.specs]
     ours = _named(loaded, settings)
     contenders = [Unquantized(), *ours, *(each for each in baselines if not isinstance(each, Unquantized))]
     check_names(contenders)
@@ -298,11 +292,11 @@ def _recall(here: _Setting) -> dict[str, list[RecallPoint]]:
         found = recalling.measure_recall(
             here.model, here.contenders, plants, needles, passage, here.failures, here.batch_size, show
         )
-    exact = [point.tokens for point in found[Unquantized.name] if point.kind == "verbatim"]
+    exact = [point.exact for point in found[Unquantized.name] if point.kind == "verbatim"]
     if exact and statistics.fmean(exact) < recalling.RECALLS:
         here.notes.append(
-            f"recall: the unquantized model itself repeats {100 * statistics.fmean(exact):.0f} % of a passage's "
-            "tokens; shares say little of a model that cannot copy, compare NLLs with its own and with the blind one"
+            f"recall: the unquantized model itself repeats {100 * statistics.fmean(exact):.0f} % of passages whole; "
+            "shares say little of a model that cannot copy, compare NLLs with its own and with the blind one"
         )
     return found
 

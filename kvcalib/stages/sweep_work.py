@@ -31,7 +31,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import Prefill, load
 from kvcalib.runtime.tiers import RULE, load_adaptive
 from kvcalib.stages import allocate, build, fisher, fit_nuq, tiers
-from kvcalib.stages.compare import calibrated_of
+from kvcalib.stages.calibrated import calibrated_of
 from kvcalib.stages.dial import budget_of
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note

@@ -116,24 +116,32 @@ def test_planted_faults_are_caught(model, ids):
 
 def test_who_fails_becomes_a_row_and_the_others_go_on(model, artifact, ids):
     overflowing = Custom("overflowing", lambda key, value: (key, value * torch.inf))
-    evicting = ArtifactContender(artifact, "evicting", eviction=Eviction(0.5, 0.2, "h2o"))
     exact = ArtifactContender(artifact, "exact", prefill="exact")
     failures = Failures({"known": "it has failed before"})
-    contenders = [Refusing(), Custom("crashing", lambda key, value: key.nothing), overflowing, evicting, exact]
+    contenders = [Refusing(), Custom("crashing", lambda key, value: key.nothing), overflowing, exact]
     found = compare(model, [*contenders, Custom("known"), Custom("own")], ids.numpy(), batch_size=2, failures=failures)
     failed = {row.name: row.failed for row in found.rows}
-    assert list(failed) == ["fp16", "refusing", "crashing", "overflowing", "evicting", "exact", "known", "own"]
+    assert list(failed) == ["fp16", "refusing", "crashing", "overflowing", "exact", "known", "own"]
     assert failed["fp16"] is failed["own"] is None
     assert failed["refusing"] == "this model's layers are not for it"
     assert failed["crashing"].startswith("AttributeError: 'Tensor' object has no attribute 'nothing' (test_compare.py:")
     assert "not finite" in failed["overflowing"]
-    assert "give --prompt" in failed["evicting"]
     assert "one pass with an exact prefill shows no error" in failed["exact"]
     assert failed["known"] == "it has failed before"
     assert set(failures) == set(failed) - {"fp16", "own"}
     assert "refusing: not measured: this model's layers are not for it" in found.notes
     assert found.rows[-1].kld.value == pytest.approx(0, abs=1e-6)
     assert found.rows[1].kld.value == found.rows[1].cache_bytes == 0
+
+
+def test_one_pass_says_that_it_shows_no_eviction(model, artifact, ids):
+    contenders = [ArtifactContender(artifact, "plain"), ArtifactContender(artifact, "h2o", eviction=Eviction(0.5, 0.2))]
+    found = compare(model, contenders, ids.numpy(), batch_size=6)
+    assert found.rows[2].kld.value == pytest.approx(found.rows[1].kld.value, rel=1e-3)
+    assert [line for line in found.notes if "quantization alone" in line and line.startswith("h2o: ")]
+    prompted = compare(model, contenders, ids.numpy(), batch_size=6, prompt=20)
+    assert prompted.rows[2].kld.value > 1.1 * prompted.rows[1].kld.value
+    assert not [line for line in prompted.notes if "quantization alone" in line]
 
 
 def test_the_unquantized_models_own_failure_is_no_row(ids):

@@ -14,13 +14,25 @@ from kvcalib.evaluation.baselines.hf_hqq import HfHqq
 from kvcalib.evaluation.baselines.hf_quanto import HfQuanto
 from kvcalib.evaluation.baselines.integer import Integer
 from kvcalib.evaluation.baselines.kivi import Kivi
+from kvcalib.evaluation.baselines.kvquant import KvquantPublished
 from kvcalib.evaluation.baselines.nf import NormalFloat
+from kvcalib.evaluation.baselines.qaq import QaqPublished
+from kvcalib.evaluation.baselines.qhitter import QhitterPublished
 from kvcalib.evaluation.baselines.turboquant import TurboQuant
 from kvcalib.evaluation.contender import Contender, Unquantized
 
-BASELINES: dict[str, type[Baseline]] = {
-    kind.label: kind for kind in (HfHqq, HfQuanto, Kivi, Integer, NormalFloat, TurboQuant)
-}
+KINDS: tuple[type[Baseline], ...] = (
+    HfHqq,
+    HfQuanto,
+    Kivi,
+    Integer,
+    NormalFloat,
+    TurboQuant,
+    KvquantPublished,
+    QaqPublished,
+    QhitterPublished,
+)
+BASELINES: dict[str, type[Baseline]] = {kind.label: kind for kind in KINDS}
 NAMES: tuple[str, ...] = (Unquantized.name, *BASELINES)
 """The names that a spec may begin with."""
 CALIBRATES: tuple[str, ...] = tuple(name for name, kind in BASELINES.items() if kind.calibrates)

@@ -1,8 +1,8 @@
 """`hf-hqq`: transformers' quantized cache with HQQ (half-quadratic quantization), its prefill error shown (`hf.py`).
 
 HQQ fits each group's zero by alternating shrinkage of the error and rounding. `group` numbers that follow one another
-(axis 1, channels of a token's head) or lie far apart (axis 0) share scale and zero. transformers' default axis is 0, its
-documentation advises 1 for HQQ, and 1 is the default here. At 3 bits only axis 0 can be unpacked (hqq 0.2.8 counts the
+(axis 1, channels of a token's head) or lie far apart (axis 0) share scale and zero. transformers' default is 0, its
+documentation advises 1 for HQQ, the default here. At 3 bits only axis 0 can be unpacked (hqq 0.2.8 counts the
 groups of matrices alone).
 """
 

@@ -43,6 +43,10 @@ class Codec(ABC):
         """How many of the first of `window` tokens, not stored yet, are to be stored now: a multiple of `block`."""
         return window
 
+    def track(self) -> Track:
+        """What holds a layer's keys, or values, in this form."""
+        return Track(self)
+
 
 class Track:
     """The keys, or the values, of one layer: blocks stored by a codec, then the exact window."""
@@ -57,8 +61,8 @@ class Track:
         """Tokens held."""
         return self.packed.length * self.codec.block + self.window.length
 
-    def append(self, x: Tensor, exact: torch.dtype) -> None:
-        """Take tokens `x [B, t, H, D]`."""
+    def append(self, x: Tensor, exact: torch.dtype, valid: Tensor | None = None) -> None:
+        """Take tokens `x [B, t, H, D]`; `valid [B, t]`: which are real, where that is known, None for all."""
         x = saturate(x, exact)
         leaving = self.codec.leaving(self.window.length + x.shape[1])
         old = min(leaving, self.window.length)
@@ -115,7 +119,7 @@ class StoredLayer(TapLayer):
         self._clear()
 
     def _clear(self) -> None:
-        self.tracks = {role: Track(codec) for role, codec in zip(("key", "value"), self.codecs, strict=True)}
+        self.tracks = {role: codec.track() for role, codec in zip(("key", "value"), self.codecs, strict=True)}
         self.is_initialized, self.seen, self.valid = False, 0, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ class StoredLayer(TapLayer):
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.seen += key_states.shape[2]
         for role, x in (("key", key_states), ("value", value_states)):
-            self.tracks[role].append(x.detach().transpose(1, 2), two_bytes(x.dtype))
+            self.tracks[role].append(x.detach().transpose(1, 2), two_bytes(x.dtype), self.valid)
         key, value = (self.tracks[role].read().transpose(1, 2).to(self.dtype) for role in ("key", "value"))
         return key, value
 
