@@ -30,8 +30,7 @@ from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import Prefill, load
 from kvcalib.runtime.tiers import RULE, load_adaptive
-from kvcalib.stages import allocate, build, fisher, fit_nuq, tiers
-from kvcalib.stages.calibrated import calibrated_of
+from kvcalib.stages import allocate, build, calibrated, fisher, fit_nuq, tiers
 from kvcalib.stages.dial import budget_of
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note
@@ -140,12 +139,12 @@ class Work:
         return run_dir
 
     def _baseline(self, spec: str) -> Contender:
-        calibrated = None
+        sample = None
         if calibrates(spec):
             # Of this point only the calibration is used, which is the grid's.
             point = Point(baseline=spec, window=self.grid.calibrate.window)
-            calibrated = calibrated_of(self.calibration(point, self.grid.names(point)).path, self.model)
-        return find(spec, calibrated)
+            sample = calibrated.read(self.calibration(point, self.grid.names(point)))
+        return find(spec, sample)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
