@@ -127,9 +127,16 @@ class PackedLM(HFLM):
         self.cache_bytes += self.contender.nbytes(cache)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, V]` of `inps [B, T]`, rows of one length, read off a fresh cache."""
-        with torch.no_grad(), self._cache(*inps.shape) as cache:
-            logits: Tensor = self.model(input_ids=inps, past_key_values=cache).logits
+        """Logits `[B, T, V]` of `inps [B, T]`, rows of one length, read off a fresh cache as it was stored."""
+        attachment = self._session.attachment
+        if attachment is not None:  # an exact prefill would show the unquantized model's figures
+            attachment.prefill = "quantized"
+        try:
+            with torch.no_grad(), self._cache(*inps.shape) as cache:
+                logits: Tensor = self.model(input_ids=inps, past_key_values=cache).logits
+        finally:
+            if attachment is not None:
+                attachment.prefill = self._session.prefill
         return logits
 
     def _loglikelihood_tokens(

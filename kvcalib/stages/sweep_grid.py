@@ -21,8 +21,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from kvcalib.calibration.statistics import VERSION as CALIBRATION_VERSION
@@ -383,4 +384,10 @@ def read_grid(path: Path) -> Grid:
     return grid
 
 
-METRICS: tuple[Metric, ...] = get_args(Metric)
+def is_grid(path: Path) -> bool:
+    """Whether a YAML file is a grid and not a recipe: it has the field `grid`."""
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(body, dict) and "grid" in body

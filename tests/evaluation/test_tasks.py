@@ -107,6 +107,16 @@ def test_generations_are_those_of_the_packed_cache(made):
         assert answers(lm, 8) != expected
 
 
+def test_an_exact_prefill_does_not_hide_the_error_of_log_likelihoods(made):
+    model, tokenizer, artifact = made
+    found = []
+    for prefill in ("quantized", "exact"):
+        with PackedLM(model, tokenizer, contender=ArtifactContender(artifact, recent=0, prefill=prefill)) as lm:
+            found.append((scores(lm), answers(lm)))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
 def test_rolling_log_likelihoods(made):
     model, tokenizer, artifact = made
     text = "Return the name of the file and the path of the folder."

@@ -298,6 +298,8 @@ def test_the_command_refuses_what_it_cannot_use(home, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: builtin\ngrid: {bits: two}\n")
     refused(2, "grid.bits.0 is 'two'", "sweep", tmp_path / "bad.yaml")
     refused(2, "cannot be read", "sweep", tmp_path / "none.yaml")
+    refused(2, "grid.bits.0 is 'two'", "validate", tmp_path / "bad.yaml")
+    assert "valid; model" in ok("validate", write(home, tmp_path)).stdout
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     refused(4, "holds no sweep of kvcalib", "sweep", write(home, tmp_path), "--out", tmp_path / "taken")
