@@ -41,7 +41,7 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels bench-allocation bench-eviction allocate clean
+	bench-decode-gpu bench-kernels bench-allocation bench-eviction allocate report report-screenshots clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -105,6 +105,12 @@ bench-allocation: $(RUNTIME)  ## where bits go: allocators, uniform splits, rand
 bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time, a stream without end
 	$(BIN)/python bench/eviction.py $(ARGS)
 
+report: need-RUN $(RUNTIME)  ## one HTML file of a run and its artifacts: RUN= [OUT=file.html MODEL=]
+	$(BIN)/kvcalib report "$(RUN)" $(call opt,--out,OUT) $(call opt,--model,MODEL) $(ARGS)
+
+report-screenshots: demo $(DEV)  ## docs/images/report-*.png of the demo's report; needs Chromium
+	$(BIN)/python bench/report_screenshots.py artifacts/demo/report.html $(ARGS)
+
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)
 
@@ -132,5 +138,5 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 # Commands make temporary files even when nothing is installed anew.
-demo test lint calibrate fisher fit-nuq friendliness allocate build eval bench-kmeans bench-fisher \
+demo test lint calibrate fisher fit-nuq friendliness allocate build eval report bench-kmeans bench-fisher \
 	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction: | .cache/tmp

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,22 @@ def _note(metadata: Any) -> dict[str, str]:
     return {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[str, Tensor], Any]:
     """`(tensors, metadata)` of a file made by `encode_tensors`.
 
+    Args:
+        names: the tensors to read, the others are left on disk; all if None.
+
     Raises:
-        InputError: there is no such file. CorruptFile: it is truncated, damaged or has no metadata of ours.
+        InputError: there is no such file. CorruptFile: it is truncated, damaged, lacks one of `names` or has no
+            metadata of ours.
     """
     if not path.is_file():
         raise InputError(f"{path}: not found")
     try:
         with safe_open(path, framework="pt") as file:
             note = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(
             f"{path}: not a readable safetensors file ({error}); {path.stat().st_size} bytes, probably truncated: "

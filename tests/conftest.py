@@ -18,6 +18,14 @@ if not torch.cuda.is_available():
 from tests.tiny import tiny_llama  # noqa: E402
 
 
+def pytest_terminal_summary(terminalreporter):
+    """A report that no browser opened is said aloud, below all else."""
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())]
+    if any("NO BROWSER" in reason for reason in skipped):
+        terminalreporter.section("the report was not opened in a browser", red=True, bold=True)
+        terminalreporter.write_line(next(reason for reason in skipped if "NO BROWSER" in reason), red=True)
+
+
 @pytest.fixture
 def llama():
     return tiny_llama()

@@ -14,9 +14,11 @@ HIGH = 8  # RoPE pairs that turn fast enough to tell positions apart; the others
 THETA = 1e12
 
 
-def copying_llama(vocabulary=512, context=512):
+def copying_llama(vocabulary=512, context=512, heads=1):
+    """`heads` above 1: the others are idle."""
     config = LlamaConfig(
-        hidden_size=3 * CODE, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1,
+        hidden_size=3 * CODE, intermediate_size=8, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=heads,
         head_dim=HEAD, vocab_size=vocabulary, max_position_embeddings=context, attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": THETA}, pad_token_id=None, bos_token_id=None,
         eos_token_id=None,

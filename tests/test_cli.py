@@ -35,6 +35,7 @@ COMMANDS = (
     "fit-nuq",
     "friendliness",
     "allocate",
+    "report",
     "tiers",
     "build",
     "eval",

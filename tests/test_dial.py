@@ -25,6 +25,12 @@ def home(tmp_path_factory):
     return folder
 
 
+def test_a_run_ends_with_its_report(home):
+    path = home / "default.html"
+    assert f"report: {path}" in (home / "shown").read_text()
+    assert 'id="pareto"' in path.read_text()
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_model("builtin")

@@ -1,6 +1,8 @@
 """The `kvcalib` command line."""
 
 from kvcalib.cli import evaluate as evaluate
+from kvcalib.cli import inspecting as inspecting
+from kvcalib.cli import report as report
 from kvcalib.cli import sweep as sweep
 from kvcalib.cli.commands import app
 

@@ -37,9 +37,7 @@ from kvcalib.cli.tables import (
     print_allocation,
     print_evaluations,
     print_friendliness,
-    print_manifest,
     print_path,
-    print_run,
 )
 from kvcalib.cli.terminal import Commands, errors, make_settings, numbers, one_dial, out_console, quiet_libraries
 from kvcalib.errors import InputError
@@ -76,6 +74,7 @@ def demo(
         out_console.print(f"stages took {done.seconds:.0f} s", highlight=False)
         for path in done.artifacts[-1:]:
             print_path("artifact of the smallest budget", path)
+        print_path("report", done.report)
 
 
 @app.command()
@@ -122,6 +121,7 @@ def run(
         print_friendliness(done.run_dir)
         print_evaluations(done.evaluations)
         print_path("artifact", recipe.out)
+        print_path("report", done.report)
 
 
 @app.command()
@@ -352,18 +352,6 @@ def tiers(
             soft_wrap=True,
         )
         print_path("adaptive widths", out)
-
-
-@app.command()
-def inspect(target: Annotated[Path, typer.Argument(help="An artifact's or a run's folder.")]) -> None:
-    """What an artifact or a run is: model, calibration, bits and losses by layer."""
-    with errors():
-        from kvcalib.artifact import store
-
-        if (target / "run.json").is_file():
-            print_run(target)
-            return
-        print_manifest(store.read_manifest(target))
 
 
 @app.command()

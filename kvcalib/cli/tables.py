@@ -282,7 +282,8 @@ def _print_continuations(results: list[Evaluation]) -> None:
     for r in results:
         shares = ["" if share is None else f"{100 * share:.0f}" for share in (r.overlap, r.captured)]
         table.add_row(
-            _row_name(r.artifact, r.eviction), f"{r.effective_bits:.2f}", f"{r.cache_bytes / r.seq_len:.0f}",
+            _row_name(r.adaptive or r.artifact, r.eviction), f"{r.effective_bits:.2f}",
+            f"{r.cache_bytes / r.seq_len:.0f}",
             f"{r.kept:.0f}", f"{r.delta_nll:+.4f}", "" if r.delta_nll_error is None else f"{r.delta_nll_error:.4f}",
             f"{r.kld:.4f}", f"{100 * r.top1_agreement:.1f}", f"{1000 * (r.seconds_per_token or 0):.2f}",
             *(shares if evicted else []),

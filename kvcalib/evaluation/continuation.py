@@ -52,6 +52,7 @@ class _Sums:
     kept: float = 0.0
     kept_of_prompt: float = 0.0
     bytes: float = 0.0
+    host: float = 0.0
     bits: float = 0.0
 
 
@@ -136,6 +137,7 @@ def _continue(session: Session, ids: Tensor, first: int, step: int, mine: _Sums,
     mine.seconds += session.seconds
     mine.kept, mine.bytes = tokens_kept(cache), cache_bytes(cache) / len(ids)
     mine.bits = cache.effective_bits() if isinstance(cache, PackedCache) else 16.0
+    mine.host = cache.host_nbytes() / len(ids) if isinstance(cache, PackedCache) else 0.0
     return logits
 
 
@@ -164,9 +166,10 @@ def _result(
     tokens = count * (seq_len - first)
     nll, exact_nll = statistics.fmean(mine.nll), statistics.fmean(exact.nll)
     check_finite(nll, exact_nll)
-    default, budget = trial.artifact.manifest.runtime, trial.artifact.manifest.budget
+    # Adaptive widths have a budget of their own, not that of the artifact they are attached with.
+    default, budget = trial.artifact.manifest.runtime, None if trial.adaptive else trial.artifact.manifest.budget
     return Evaluation(
-        artifact=str(trial.where),
+        artifact=str(trial.artifact.path or trial.artifact.manifest.model.name),
         nll=nll,
         ppl=math.exp(min(nll, 700.0)),
         fp16_nll=exact_nll,
@@ -187,6 +190,8 @@ def _result(
         protocol=PROTOCOL.format(prompt=first, prefill=prefill, step=step),
         step=step,
         prompt=first,
+        adaptive=None if trial.adaptive is None else str(trial.adaptive.path or "adaptive"),
+        host_bytes=mine.host,
         policy=trial.policy,
         eviction=trial.described,
         kept=mine.kept,

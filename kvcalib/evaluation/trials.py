@@ -24,6 +24,7 @@ from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.cache import PackedCache
 from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.loader import Artifact, Attachment, Prefill, attach, detach
+from kvcalib.runtime.tiers import Adaptive
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +34,18 @@ class Trial:
     Attributes:
         artifact: None for the unquantized model with its full cache.
         eviction: None where every token stays.
+        adaptive: widths by attention in place of the artifact's.
     """
 
     artifact: Artifact | None
     eviction: Eviction | None = None
+    adaptive: Adaptive | None = None
 
     @property
     def where(self) -> str | None:
-        """The artifact's folder, or its model's name."""
+        """The folder of the adaptive widths or of the artifact, or the model's name."""
+        if self.adaptive is not None:
+            return str(self.adaptive.path or "adaptive")
         return None if self.artifact is None else str(self.artifact.path or self.artifact.manifest.model.name)
 
     @property
@@ -67,7 +72,7 @@ class Trial:
             yield Session(model, None, prefill)
             return
         chosen = {layer: rotations[layer] for layer in self.artifact.quantizers}
-        attachment = attach(model, self.artifact, sinks, recent, chosen, prefill, eviction=self.eviction)
+        attachment = attach(model, self.artifact, sinks, recent, chosen, prefill, self.adaptive, eviction=self.eviction)
         try:
             yield Session(model, attachment, prefill)
         finally:

@@ -68,7 +68,9 @@ class Codebook:
 
     widths: Tensor
     centroids: Tensor
-    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def from_ladders(cls, ladders: Tensor, widths: Tensor) -> Codebook:

@@ -80,17 +80,17 @@ class Panel:
         def py(y: float) -> float:
             return TOP + inner_h * (1 - (scale(y) - scale(y_low)) / ((scale(y_high) - scale(y_low)) or 1))
 
-        out = [f'<g transform="translate({left:g} {top:g})">', _text(LEFT, 16, self.title, "title")]
+        out = [f'<g transform="translate({left:g} {top:g})">', text(LEFT, 16, self.title, "title")]
         for y in y_ticks:
             out.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{self.width - RIGHT}"/>')
-            out.append(_text(LEFT - 6, py(y) + 4, label(y, y_ticks), "dim", "end"))
+            out.append(text(LEFT - 6, py(y) + 4, label(y, y_ticks), "dim", "end"))
         for x in x_ticks:
             out.append(f'<path class="axis" d="M{px(x):.1f} {TOP + inner_h}v4"/>')
-            out.append(_text(px(x), TOP + inner_h + 17, label(x, x_ticks), "dim", "middle"))
+            out.append(text(px(x), TOP + inner_h + 17, label(x, x_ticks), "dim", "middle"))
         out.append(f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{TOP + inner_h}H{self.width - RIGHT}"/>')
-        out.append(_text(LEFT + inner_w / 2, self.height - 8, self.x_label, "dim", "middle"))
+        out.append(text(LEFT + inner_w / 2, self.height - 8, self.x_label, "dim", "middle"))
         middle = TOP + inner_h / 2
-        out.append(_text(14, middle, self.y_label, "dim", "middle", f' transform="rotate(-90 14 {middle:g})"'))
+        out.append(text(14, middle, self.y_label, "dim", "middle", f' transform="rotate(-90 14 {middle:g})"'))
         for series, colour, _, line, dots in self._series:
             places = [(px(x), py(y)) for x, y in series]
             if line and len(places) > 1:
@@ -108,7 +108,7 @@ class Panel:
         out, at = [], float(LEFT)
         for colour, name in named:
             out.append(f'<circle class="{colour}-dot" cx="{at + 4:g}" cy="28" r="4"/>')
-            out.append(_text(at + 12, 32, name, f"{colour}-text"))
+            out.append(text(at + 12, 32, name, f"{colour}-text"))
             at += 24 + 6.6 * len(name)
         return "".join(out)
 
@@ -121,8 +121,8 @@ def page(panels: Sequence[Panel], heading: str, note: str) -> str:
         f'role="img" aria-label="{escape(heading, {chr(34): "&quot;"})}">',
         f"<title>{escape(heading)}</title><style>{_style()}</style>",
         f'<rect class="page" width="{width}" height="{height}"/>',
-        _text(20, 22, heading, "title"),
-        _text(20, 40, note, "dim"),
+        text(20, 22, heading, "title"),
+        text(20, 40, note, "dim"),
     ]
     left = 4
     for panel in panels:
@@ -169,5 +169,6 @@ def _range(values: Sequence[float], marks: Sequence[float]) -> Point:
     return min(*marks, *values), max(*marks, *values)
 
 
-def _text(x: float, y: float, content: str, kind: str, anchor: str = "start", more: str = "") -> str:
+def text(x: float, y: float, content: str, kind: str, anchor: str = "start", more: str = "") -> str:
+    """`content` at a place, of class `kind`; `more` are further attributes."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(content)}</text>'

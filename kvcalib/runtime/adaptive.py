@@ -23,9 +23,10 @@ from kvcalib.model.taps import Call
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.attention import chunked_attention
 from kvcalib.runtime.drawn import Drawn, Heads
+from kvcalib.runtime.heads import moved
 from kvcalib.runtime.layers import READ_CHUNK, ROLES, TapLayer
-from kvcalib.runtime.pools import MOST_TIERS, Pools, tags_of
-from kvcalib.runtime.storage import Rows
+from kvcalib.runtime.pools import MOST_TIERS, Observe, Pools, tags_of
+from kvcalib.runtime.storage import Rows, Spec, check_rows
 
 Signal = Literal["late", "peak"]
 SIGNALS: tuple[Signal, ...] = ("late", "peak")
@@ -82,6 +83,11 @@ class AdaptiveLayer(TapLayer):
         keep_exact: "cpu" keeps all tokens exact in host memory as well and chooses again.
         every: tokens from one choice to the next, with `keep_exact`.
 
+    Attributes:
+        observe: see `Pools.append`; None where nothing is kept of a token beside its tag.
+        seen: tokens held, which is all that came in unless a layer around this one lets some go
+            (`evicting_adaptive.py`).
+
     Memory: the pools, the window with the attention drawn so far (float32, of each query that counts). The exact copy
     is not among `tensors()`, but in `host_tensors()`.
     """
@@ -113,6 +119,7 @@ class AdaptiveLayer(TapLayer):
         self.tiers, self.rule, self.signal, self.sinks = list(tiers), rule, signal, sinks
         self.skipped = first_that_counts(window, signal)
         self.observed, self.recent, self.keep_exact, self.every = window, recent, keep_exact, every
+        self.observe: Observe | None = None
         self._clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveLayer:
@@ -124,11 +131,11 @@ class AdaptiveLayer(TapLayer):
     def _clear(self) -> None:
         self.pools = Pools(self.tiers)
         self.window = Rows(min_room=max(8, self.recent // 8))
-        self.host = Rows()
+        self.host = Rows(min_room=16)
         self.is_initialized = False
         self.valid = None
         self.seen = 0
-        self.since = self.counted = 0
+        self.since = 0
         self.requantized = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -145,6 +152,7 @@ class AdaptiveLayer(TapLayer):
         shape = new["key"].shape[:2]
         if self.keep_exact == "cpu":
             nothing = {"drawn": torch.zeros(shape), "trust": torch.zeros(shape)}
+            nothing["counted"] = torch.zeros(shape, dtype=torch.bool)
             self.host.append({name: t.to("cpu") for name, t in new.items()} | nothing)
         new["drawn"] = torch.zeros(*shape, self.observed - self.skipped, device=self.device)
         if self.sinks:
@@ -168,6 +176,18 @@ class AdaptiveLayer(TapLayer):
 
     def attend(self, call: Call, query: Tensor, positions: Tensor) -> Tensor:
         """Attention of `query [B, Hq, Q, D]`, rotated, over all tokens; then packs what left the window."""
+        out, drawn = self.read(call, query, positions)
+        self.learn(drawn)
+        return out
+
+    def read(
+        self, call: Call, query: Tensor, positions: Tensor, log_sums: list[Tensor] | None = None
+    ) -> tuple[Tensor, Drawn]:
+        """Attention of `query [B, Hq, Q, D]`, rotated, over all tokens, and what `learn` shall take in after it.
+
+        Args:
+            log_sums: as `chunked_attention`.
+        """
         again = self.keep_exact == "cpu"
         drawn = Drawn(self.observed, self.observed if again else 0, HEADS[self.signal])
         out = chunked_attention(
@@ -180,11 +200,15 @@ class AdaptiveLayer(TapLayer):
             call.kwargs.get("softcap"),
             call.kwargs.get("s_aux"),
             drawn,
+            log_sums,
         )
+        return out, drawn
+
+    def learn(self, drawn: Drawn) -> None:
+        """Take in what the last queries paid: pack what left the window, choose again."""
         self.settle(drawn.band)
-        if again:
-            self.follow(drawn.all, query.shape[2])
-        return out
+        if self.keep_exact == "cpu":
+            self.follow(drawn.all, drawn.band.shape[1])
 
     def settle(self, band: Tensor) -> None:
         """Note what the last queries paid, `band [B, Q, observed]` as `Drawn.band`; pack the tokens that leave."""
@@ -210,7 +234,7 @@ class AdaptiveLayer(TapLayer):
         if self.keep_exact == "cpu":
             here = self.host.read(self.pools.length, self.pools.length + count)
             here["trust"].copy_(signal / self.rule.mean)
-        self.pools.append({role: part[role] for role in ROLES}, tag)
+        self.pools.append({role: part[role] for role in ROLES}, tag, self.observe)
         self.window.drop(count)
 
     @property
@@ -232,8 +256,9 @@ class AdaptiveLayer(TapLayer):
         of all tokens that were packed then; half of what it drew before counts too. Tokens packed since keep their
         tiers until the next choice.
         """
-        known = self.host.read(0, self.counted)["drawn"]
-        come = weights[..., : self.counted].to("cpu")
+        held = self.host.read(0, self.pools.length)
+        known, come = held["drawn"], weights[..., : self.pools.length].to("cpu")
+        come = come * held["counted"][:, None]
         if self.signal == "peak":
             torch.maximum(known, come.amax(1), out=known)
         else:
@@ -245,18 +270,35 @@ class AdaptiveLayer(TapLayer):
         if not self.pools.length:
             return
         mean = known.sum(1, keepdim=True) / (known > 0).sum(1, keepdim=True).clamp(min=1)
-        held = self.host.read(0, self.pools.length)
-        trust = held["trust"][:, : self.counted]
-        trust.add_(known / mean.clamp(min=1e-30)).mul_(0.5)
+        trust, counted = held["trust"], held["counted"]
+        trust.copy_(torch.where(counted, (trust + known / mean.clamp(min=1e-30)) * 0.5, trust))
         before = self.pools.tag()
         signal = (trust * self.rule.mean).to(before.device)
         again = tags_of(tier_of(signal, self.rule.key), tier_of(signal, self.rule.value))
-        tag = before.clone()
-        old = before[:, : self.counted]
-        tag[:, : self.counted] = torch.where(old == self._exact_tag, old, again) if self.sinks else again
-        self.requantized += self.pools.retag(tag, held)
+        stays = ~counted.to(before.device)
+        if self.sinks:
+            stays |= before == self._exact_tag
+        self.requantized += self.pools.retag(torch.where(stays, before, again), held, self.observe)
         known.zero_()
-        self.counted = self.pools.length
+        counted.fill_(True)
+
+    def keep(self, index: Tensor, used: Tensor) -> None:
+        """Hold of every row the packed tokens `index [B, n]`, in that order, and the window; the rest is gone.
+
+        Args:
+            used: `[B, n]`, False where a row has nothing to put.
+        """
+        if self.keep_exact == "cpu":
+            held = self.host.read(0, self.host.length)
+            there = torch.arange(self.pools.length, self.host.length).expand(len(index), -1)
+            order = torch.cat([index.to("cpu"), there], 1)[:, None]
+            self.host.replace(
+                {n: moved(t if t.ndim > 2 else t[..., None], order).reshape(*order.shape[::2], *t.shape[2:])
+                 for n, t in held.items()}, order.shape[2]
+            )  # fmt: skip
+        if self.pools.length:
+            self.pools.take(index, used)
+        self.seen = self.pools.length + self.window.length
 
     @property
     def batch(self) -> int:
@@ -274,7 +316,6 @@ class AdaptiveLayer(TapLayer):
         self.window.crop(max(0, keep - self.pools.length))
         self.pools.crop(keep)
         self.host.crop(keep)
-        self.counted = min(self.counted, self.pools.length)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.pools.select(indices)
@@ -299,6 +340,63 @@ class AdaptiveLayer(TapLayer):
         held = self.pools.tensors()
         held.update({f"recent.{n}": t for n, t in self.window.tensors().items()})
         return held
+
+    def live(self) -> dict[str, Tensor]:
+        held = {f"pools.{n}": t for n, t in self.pools.live().items()}
+        held.update({f"recent.{n}": t for n, t in self.window.read(0, self.window.length).items()})
+        if self.host.length:
+            held.update({f"host.{n}": t for n, t in self.host.read(0, self.host.length).items()})
+            held["since"] = torch.full((self.batch,), self.since)
+        return held
+
+    def revive(self, tensors: dict[str, Tensor], seen: int, dtype: torch.dtype, trait: Spec | None = None) -> None:
+        """Become the layer whose `live()` is `tensors`.
+
+        Args:
+            trait: as `Pools.revive`.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or not as this layer keeps it.
+        """
+        self._clear()
+        if not tensors and not seen:
+            return
+        since = tensors.get("since")
+        parts: dict[str, dict[str, Tensor]] = {"pools": {}, "recent": {}, "host": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            if part != "since":
+                parts.setdefault(part, {})[rest] = tensor
+        if len(parts) > 3:
+            raise ValueError(f"it holds {sorted(parts)}, expected pools, recent and host")
+        device = next(t.device for part in ("pools", "recent", "host") for t in parts[part].values())
+        exact: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            role: (tuple(q.layout.widths.shape), dtype) for role, q in self.tiers[0].items()
+        }
+        noted = {"drawn": ((self.observed - self.skipped,), torch.float32)}
+        marks = {"valid": ((), torch.bool)} if self.sinks else {}
+        recent = check_rows("recent", parts["recent"], exact | noted | marks)
+        self.pools.revive(parts["pools"], dtype, trait or {})
+        held = self.pools.length + recent
+        if held != seen or recent > self.recent:
+            raise ValueError(f"{held} tokens are stored of {seen} seen, {recent} of them exact")
+        if self.keep_exact == "cpu":
+            numbers = {"drawn": ((), torch.float32), "trust": ((), torch.float32), "counted": ((), torch.bool)}
+            copies = check_rows("host", parts["host"], exact | numbers, seen)
+            if copies != seen or since is None or since.dtype != torch.int64 or since.ndim != 1:
+                raise ValueError(f"the exact copy of {seen} tokens, or when their widths were chosen, is missing")
+            self.since = int(since[0])
+            if not 0 <= self.since < self.every:
+                raise ValueError(f"since is {self.since}, expected less than {self.every}")
+            self.host.append({name: t.to("cpu") for name, t in parts["host"].items()})
+        elif parts["host"]:
+            raise ValueError("it holds an exact copy, which this layer does not keep")
+        if recent:
+            self.window.append(parts["recent"])
+        batches = {rows.batch for rows in (self.pools, self.window, self.host) if rows.batch}
+        if len(batches) > 1:
+            raise ValueError("packed, recent and exact tokens are of different batch sizes")
+        self.seen, self.dtype, self.device, self.is_initialized = seen, dtype, device, True
 
     def host_tensors(self) -> dict[str, Tensor]:
         """The exact copy in host memory, and of every token the attention since the last choice and before it."""

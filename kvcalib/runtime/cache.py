@@ -16,7 +16,6 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcalib.runtime import saved
-from kvcalib.runtime.adaptive import AdaptiveLayer
 from kvcalib.runtime.evicting import EvictingLayer
 from kvcalib.runtime.layers import TapLayer
 from kvcalib.runtime.storage import Rows
@@ -191,8 +190,7 @@ class PackedCache(DynamicCache):
 
     def host_nbytes(self) -> int:
         """Bytes of the exact copies that adaptive layers keep in host memory; not among `nbytes`."""
-        layers = (layer for layer in self.layers if isinstance(layer, AdaptiveLayer))
-        return sum(t.nbytes for layer in layers for t in layer.host_tensors().values())
+        return sum(t.nbytes for i in self.tapped for t in self._tap_layer(i).host_tensors().values())
 
     def effective_bits(self) -> float:
         """Bytes of the packed layers and positions times 8, per cached key or value element of those layers.

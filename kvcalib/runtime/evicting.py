@@ -25,11 +25,17 @@ from kvcalib.runtime.counts import Counts, Targets
 from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.kernels.view import PackedView
 from kvcalib.runtime.layers import ROLES, PackedLayer, with_exact
-from kvcalib.runtime.policies import Held
+from kvcalib.runtime.policies import Held, Policy
 from kvcalib.runtime.storage import Rows
 
 BYTE = 255
 """What a trait of 1 is in a byte."""
+
+
+def noted(rule: Policy, key: Tensor, value: Tensor) -> Tensor:
+    """What `Policy.observe` notes, in the type that it is kept in."""
+    found = rule.observe(key, value)
+    return ((found * BYTE).round() if rule.trait_dtype == torch.uint8 else found).to(rule.trait_dtype)
 
 
 class EvictingLayer(PackedLayer):
@@ -131,7 +137,10 @@ class EvictingLayer(PackedLayer):
         if all(target is None for target in targets):
             return
         stay = self._choose(targets)
-        self._keep(stay)
+        position = self.marks.read(0, self.slots)["position"].transpose(1, 2)
+        # Nothing leaves where sinks and recent tokens are all there are.
+        if bool(((position >= 0) & ~stay).any()):
+            self._keep(stay)
 
     def _choose(self, targets: Targets) -> Tensor:
         """Which slots stay, bool `[B, Hp, S]`."""
@@ -171,17 +180,24 @@ class EvictingLayer(PackedLayer):
     def _traits(self, shape: torch.Size) -> Tensor:
         """`[B, Hp, S, n]` float32; zeros for tokens in the exact window, which stay anyway."""
         made = torch.zeros(*shape, self.eviction.rule.traits, device=self.device)
-        if self.traits and self.packed.length:
-            held = self.packed.read(0, self.packed.length)["trait"].transpose(1, 2)
-            made[:, :, : self.packed.length] = held.float() / (BYTE if held.dtype == torch.uint8 else 1)
+        held = self._stored_traits()
+        if held is not None:
+            made[:, :, : held.shape[1]] = held.transpose(1, 2).float() / (BYTE if held.dtype == torch.uint8 else 1)
         return made
+
+    def _stored_traits(self) -> Tensor | None:
+        """Of the packed tokens, `[B, t, Hp, n]`; None if there are none."""
+        return self.packed.read(0, self.packed.length)["trait"] if self.traits and self.packed.length else None
 
     def _keep(self, stay: Tensor) -> None:
         """Move the slots `stay [B, Hp, S]`, as many in every head of a row, together; they end at the last slot."""
-        counts = stay[:, 0].sum(-1)
-        self.counts.held = counts.tolist()
+        self.counts.held = stay[:, 0].sum(-1).tolist()
         window = self.window.length
-        slots = max(*self.counts.held, window, 1)
+        # Padding in the exact window stays where it is, too.
+        last = torch.arange(stay.shape[2], device=stay.device) >= stay.shape[2] - window
+        stay = stay | last
+        counts = stay[:, 0].sum(-1)
+        slots = max(*counts.tolist(), 1)
         order = torch.where(stay, torch.arange(stay.shape[2], device=stay.device), -1).sort(-1).values[..., -slots:]
         used, index = order >= 0, order.clamp(min=0)
         room = self.counts.room(slots)
@@ -189,13 +205,16 @@ class EvictingLayer(PackedLayer):
         marks["position"].masked_fill_(~used.transpose(1, 2), -1)
         self.marks.replace(marks, room)
         # Tokens of the exact window always stay; what is left of the order are packed ones.
-        packed = index[..., : slots - window]
-        rows = self.packed.read(0, self.packed.length)
-        if self.packed.length:
-            self.packed.replace({n: self._moved(n, t, packed) for n, t in rows.items()}, room - window)
+        self._keep_packed(index[..., : slots - window], used[..., : slots - window], room - window)
         if self.sink:
             rank = torch.arange(self.sinks, device=stay.device) + (slots - counts)[:, None]
             self.sink["slot"] = torch.where(self.sink["slot"] >= 0, rank, -1).int()
+
+    def _keep_packed(self, index: Tensor, used: Tensor, room: int) -> None:
+        """Keep the packed tokens `index [B, Hp, n]`, in that order, in room for `room`; some slots may be unused."""
+        if self.packed.length:
+            rows = self.packed.read(0, self.packed.length)
+            self.packed.replace({n: self._moved(n, t, index) for n, t in rows.items()}, room)
 
     def _moved(self, name: str, tensor: Tensor, index: Tensor) -> Tensor:
         role, _, part = name.partition(".")
@@ -244,8 +263,7 @@ class EvictingLayer(PackedLayer):
         if not self.by_head:
             # The token's over all heads: squares add up.
             residues = {role: r.sum(2, keepdim=True) for role, r in residues.items()}
-        noted = self.eviction.rule.observe(residues["key"], residues["value"])
-        rows["trait"].copy_((noted * BYTE).round() if rows["trait"].dtype == torch.uint8 else noted)
+        rows["trait"].copy_(noted(self.eviction.rule, residues["key"], residues["value"]))
 
     # How they are read.
 
@@ -282,11 +300,15 @@ class EvictingLayer(PackedLayer):
             view = with_exact(view, call.key, call.value)
         out = attend_packed(call, view, drawn, rule.decay, own=apart or self.eviction.streaming)
         if drawn is not None:
-            held = self.marks.read(0, self.slots)["drawn"].transpose(1, 2)
-            if rule.decay != 1:
-                held.mul_(rule.decay**queries)
-            held.add_(drawn if self.by_head else drawn.sum(1, keepdim=True))
+            self._draw(drawn, queries)
         return out
+
+    def _draw(self, drawn: Tensor, queries: int) -> None:
+        """Note what the last queries paid to every slot, `drawn [B, H, S]`."""
+        held, decay = self.marks.read(0, self.slots)["drawn"].transpose(1, 2), self.eviction.rule.decay
+        if decay != 1:
+            held.mul_(decay**queries)
+        held.add_(drawn if self.by_head else drawn.sum(1, keepdim=True))
 
     def _positions(self) -> Tensor:
         position = self.marks.read(0, self.slots)["position"]
@@ -311,11 +333,12 @@ class EvictingLayer(PackedLayer):
             return
         marks = self.marks.read(0, self.slots)["position"].transpose(1, 2)
         newest = marks.amax((1, 2), keepdim=True)
-        gone = (marks > newest - removed).sum(-1)
+        gone = marks > newest - removed
         self.counts.forget(removed)
-        alike = bool((gone == removed).all())
+        most = int(gone.sum(-1).max())
+        alike = bool(gone[..., self.slots - most :].all())
         # Tokens of the exact window are the same in all heads.
-        exact = removed if alike else min(removed, self.window.length)
+        exact = most if alike else min(removed, self.window.length)
         self.counts.held = [n - exact for n in self.counts.held]
         staying = ((marks >= 0) & (marks <= newest - removed))[..., : self.slots - exact]
         self._cut(exact)
@@ -364,10 +387,10 @@ class EvictingLayer(PackedLayer):
     def revive(self, tensors: dict[str, Tensor], seen: int, dtype: torch.dtype) -> None:
         marks = {n.removeprefix("mark."): t for n, t in tensors.items() if n.startswith("mark.")}
         count = tensors.get("count")
-        super().revive({n: t for n, t in tensors.items() if n != "count" and not n.startswith("mark.")}, seen, dtype)
+        rest = {n: t for n, t in tensors.items() if n != "count" and not n.startswith("mark.")}
+        slots, batch = self._revive_tokens(rest, seen, dtype)
         if not tensors:
             return
-        slots, batch = self.packed.length + self.window.length, max(self.packed.batch, self.window.batch)
         across = len(self.quantizers["key"].layout.widths) if self.by_head else 1
         kinds = {"position": torch.int32} | ({"drawn": torch.float32} if self.eviction.rule.attention else {})
         found = {n: (t.dtype, tuple(t.shape)) for n, t in marks.items()}
@@ -383,6 +406,11 @@ class EvictingLayer(PackedLayer):
             raise ValueError("mark.drawn holds numbers that are not finite or below 0")
         self.marks.append(marks)
         self.counts.seen, self.counts.held, self.counts.prompt = (x.tolist() for x in count.T)
+
+    def _revive_tokens(self, tensors: dict[str, Tensor], seen: int, dtype: torch.dtype) -> tuple[int, int]:
+        """`revive` without the marks; slots and rows found."""
+        super().revive(tensors, seen, dtype)
+        return self.packed.length + self.window.length, max(self.packed.batch, self.window.batch)
 
     def survivors(self) -> Tensor:
         """Positions of the tokens held, int32 `[B, H, S]`, -1 where a slot is unused; a copy."""

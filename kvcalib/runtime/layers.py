@@ -21,7 +21,7 @@ from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime import paths
 from kvcalib.runtime.encode import MOST_TOKENS, store
 from kvcalib.runtime.kernels.view import PackedView
-from kvcalib.runtime.storage import Rows
+from kvcalib.runtime.storage import Rows, check_rows
 
 READ_CHUNK = 1024
 ENCODE_CHUNK = 4096
@@ -91,6 +91,14 @@ class TapLayer(DynamicLayer):
     def elements(self) -> int:
         """Key and value elements of all tokens held, 0 where the layer does not pack."""
         return 0
+
+    def live(self) -> dict[str, Tensor]:
+        """Every tensor that `revive` needs, without spare room."""
+        raise NotImplementedError
+
+    def host_tensors(self) -> dict[str, Tensor]:
+        """Exact copies in host memory, which are not among `tensors()`."""
+        return {}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.batch:
@@ -353,7 +361,6 @@ class PackedLayer(TapLayer):
         return self.batch * (self.packed.length + self.window.length) * per_token
 
     def live(self) -> dict[str, Tensor]:
-        """Every tensor that `revive` needs, without spare room."""
         held = {f"packed.{n}": t for n, t in self.packed.read(0, self.packed.length).items()}
         held.update({f"recent.{n}": t for n, t in self.window.read(0, self.window.length).items()})
         held.update({f"sink.{n}": t for n, t in self.sink.items()})
@@ -382,7 +389,8 @@ class PackedLayer(TapLayer):
             raise ValueError(f"sink.slot is outside the {length['packed']} packed tokens")
         if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
             raise ValueError("packed, recent and sink tokens are of different batch sizes")
-        self._check_indices(parts["packed"])
+        for role, quantizer in self.quantizers.items():
+            check_indices(f"packed.{role}", quantizer, parts["packed"].get(f"{role}.outlier_index"))
         for rows, name in ((self.packed, "packed"), (self.window, "recent")):
             if parts[name]:
                 rows.append(parts[name])
@@ -404,26 +412,7 @@ class PackedLayer(TapLayer):
             expected = exact | ({"valid": ((), torch.bool)} if self.sinks else {})
         elif part == "sink" and self.sinks:
             expected = exact | {"slot": ((), torch.int32)}
-        if found and set(found) != set(expected):
-            raise ValueError(f"{part} holds {sorted(found)}, expected {sorted(expected)}")
-        if not found:
-            return 0
-        batch, length = (*next(iter(found.values())).shape, 0, 0)[:2]
-        length = self.sinks if part == "sink" else length
-        for name, tensor in found.items():
-            tail, kind = expected[name]
-            if tensor.shape != (batch, length, *tail) or tensor.dtype != kind:
-                raise ValueError(
-                    f"{part}.{name} is {tensor.dtype} {list(tensor.shape)}, expected {kind} {[batch, length, *tail]}"
-                )
-        return length
-
-    def _check_indices(self, rows: dict[str, Tensor]) -> None:
-        for role, quantizer in self.quantizers.items():
-            index = rows.get(f"{role}.outlier_index")
-            size = quantizer.layout.widths.numel() // quantizer.groups
-            if index is not None and bool(((index.long() < 0) | (index.long() >= size)).any()):
-                raise ValueError(f"packed.{role}.outlier_index is outside the {size} elements of its group")
+        return check_rows(part, found, expected, self.sinks if part == "sink" else None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. What left the exact window stays quantized; the window fills up again.
@@ -474,6 +463,13 @@ class PackedLayer(TapLayer):
         if self.sink_count is not None:
             held["sink.count"] = self.sink_count
         return held
+
+
+def check_indices(what: str, quantizer: Quantizer, index: Tensor | None) -> None:
+    """ValueError unless the outliers of saved rows lie within their group."""
+    size = quantizer.layout.widths.numel() // quantizer.groups
+    if index is not None and bool(((index.long() < 0) | (index.long() >= size)).any()):
+        raise ValueError(f"{what}.outlier_index is outside the {size} elements of its group")
 
 
 def residue(quantizer: Quantizer, rows: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -92,9 +92,8 @@ class Artifact:
         if sinks < 0 or recent < 0:
             raise ValueError(f"sinks is {sinks} and recent is {recent}, expected counts of 0 or more")
         windows = selftest.attention_layers(model)
+        weights: dict[int, tuple[float, float]] = {}
         if eviction is not None:
-            if adaptive is not None:
-                raise ValueError("adaptive widths and eviction are both given; one cache does one of them")
             eviction = eviction.within(longest_context(model))
             weights = self.weights(eviction, [index for index in self.quantizers if windows[index] is None])
         layers: dict[int, TapLayer] = {}
@@ -102,7 +101,7 @@ class Artifact:
             if windows[index] is not None or (adaptive is None and eviction is None):
                 layers[index] = PackedLayer(pair["key"], pair["value"], sinks, recent, windows[index])
             elif adaptive is not None:
-                layers[index] = adaptive.layer(index, sinks, recent)
+                layers[index] = adaptive.layer(index, sinks, recent, eviction, *weights.get(index, ()))
             elif eviction is not None:
                 layers[index] = EvictingLayer(pair["key"], pair["value"], eviction, *weights[index], sinks, recent)
         origin = Origin(
@@ -113,6 +112,7 @@ class Artifact:
             sinks=sinks,
             recent=recent,
             eviction=None if eviction is None else eviction.describe(),
+            adaptive=None if adaptive is None else adaptive.describe(),
         )
         return PackedCache(model.config, layers, origin)
 

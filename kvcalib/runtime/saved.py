@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcalib.errors import ArtifactMismatch, CorruptFile, UnsupportedModel
 from kvcalib.files import hash_tensor, read_tensors, write_tensors
 from kvcalib.model.identity import HARD, SOFT, ModelIdentity
+from kvcalib.runtime.adaptive import AdaptiveLayer
 from kvcalib.runtime.layers import PackedLayer, TapLayer
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Origin(BaseModel):
     sinks: int
     recent: int
     eviction: str | None = Field(default=None, description="Settings of eviction, None without.")
+    adaptive: str | None = Field(default=None, description="Adaptive widths, None without.")
 
 
 class LayerState(BaseModel):
@@ -44,7 +46,7 @@ class LayerState(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["packed", "DynamicLayer", "DynamicSlidingWindowLayer", "empty"]
+    kind: Literal["packed", "adaptive", "DynamicLayer", "DynamicSlidingWindowLayer", "empty"]
     seen: int = Field(ge=0)
 
 
@@ -91,9 +93,9 @@ def save(cache: PackedCache, path: Path) -> None:
 
 
 def _state(index: int, layer: Any) -> tuple[dict[str, Tensor], LayerState]:
-    if isinstance(layer, PackedLayer):
-        return layer.live(), LayerState(kind="packed", seen=layer.seen)
-    kind: Any = type(layer).__name__
+    if isinstance(layer, PackedLayer | AdaptiveLayer):
+        return layer.live(), LayerState(kind=_kind(layer), seen=layer.seen)
+    kind = _kind(layer)
     if kind not in STOCK:
         raise UnsupportedModel(f"layer {index} of the cache is a {kind}; only caches of {STOCK} can be saved yet")
     if not layer.is_initialized:
@@ -103,6 +105,12 @@ def _state(index: int, layer: Any) -> tuple[dict[str, Tensor], LayerState]:
         # More than that is there while the layer records its past, and no later query sees it.
         held = {name: t[:, :, -(layer.sliding_window - 1) :] for name, t in held.items()}
     return held, LayerState(kind=kind, seen=layer.get_seq_length())
+
+
+def _kind(layer: Any) -> Any:
+    if isinstance(layer, PackedLayer):
+        return "packed"
+    return "adaptive" if isinstance(layer, AdaptiveLayer) else type(layer).__name__
 
 
 def stock_tensors(layer: Any) -> dict[str, Tensor]:
@@ -181,7 +189,7 @@ def check_origin(path: Path, saved: Origin, expected: Origin) -> None:
             f"{path}: the cache was saved with artifact {saved.artifact!r} ({saved.artifact_sha256[:12]}), this is "
             f"{expected.artifact!r} ({expected.artifact_sha256[:12]}); load that artifact, or save the cache anew"
         )
-    for name in ("dtype", "sinks", "recent", "eviction"):
+    for name in ("dtype", "sinks", "recent", "eviction", "adaptive"):
         if getattr(saved, name) != getattr(expected, name):
             raise ArtifactMismatch(
                 f"{path}: {name} was {getattr(saved, name)!r} when the cache was saved, expected "
@@ -192,7 +200,7 @@ def check_origin(path: Path, saved: Origin, expected: Origin) -> None:
 def _restore_layer(
     layer: Any, state: LayerState, tensors: dict[str, Tensor], place: Place | None, origin: Origin
 ) -> None:
-    kind = "packed" if isinstance(layer, PackedLayer) else type(layer).__name__
+    kind = _kind(layer)
     if state.kind == "empty" and not isinstance(layer, TapLayer) and not tensors:
         return
     if state.kind != kind:
@@ -200,7 +208,7 @@ def _restore_layer(
     if place is None:
         raise ValueError(f"it holds {sorted(tensors)}, but this layer keeps no keys and values")
     dtype = getattr(torch, origin.dtype)
-    here = {name: t.to(place.device) for name, t in tensors.items()}
+    here = {n: t if ".host." in f".{n}" else t.to(place.device) for n, t in tensors.items()}
     if isinstance(layer, TapLayer):
         layer.revive(here, state.seen, dtype)
         return

@@ -16,6 +16,30 @@ from torch import Tensor
 
 MIN_ROOM = 64
 
+Spec = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape of one token and type of what is kept, by name."""
+
+
+def check_rows(part: str, found: Mapping[str, Tensor], expected: Spec, length: int | None = None) -> int:
+    """Tokens of `found [B, t, ...]`, t of them if `length` is given; 0 if there is nothing.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or not of the expected shape and type.
+    """
+    if found and set(found) != set(expected):
+        raise ValueError(f"{part} holds {sorted(found)}, expected {sorted(expected)}")
+    if not found:
+        return 0
+    batch, tokens = (*next(iter(found.values())).shape, 0, 0)[:2]
+    tokens = tokens if length is None else length
+    for name, tensor in found.items():
+        tail, kind = expected[name]
+        if tensor.shape != (batch, tokens, *tail) or tensor.dtype != kind:
+            raise ValueError(
+                f"{part}.{name} is {tensor.dtype} {list(tensor.shape)}, expected {kind} {[batch, tokens, *tail]}"
+            )
+    return tokens
+
 
 class Slices(Mapping[str, Tensor]):
     """Tokens `start..stop` of every tensor of `rows`, as views that are made when they are asked for.

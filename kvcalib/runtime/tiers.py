@@ -19,6 +19,8 @@ from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import hash_file
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.adaptive import KEEP_EXACT, AdaptiveLayer, KeepExact, LayerRule, Signal
+from kvcalib.runtime.evicting_adaptive import EvictingAdaptiveLayer
+from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.pools import MOST_TIERS
 
 RULE = "adaptive.json"
@@ -105,10 +107,27 @@ class Adaptive:
                             f"channels, the artifact's {expected[0]} of {expected[1]}; make both from one run"
                         )
 
-    def layer(self, index: int, sinks: int, recent: int) -> AdaptiveLayer:
-        """A cache layer; `recent` below the rule's window is taken for the window."""
+    def describe(self) -> str:
+        """What a saved cache remembers: these widths in one line."""
+        made = {"rule": hashlib.sha256(self.rule.encode()).hexdigest(), "keep_exact": self.keep_exact}
+        return json.dumps(made | {"every": self.every}, sort_keys=True)
+
+    def layer(
+        self,
+        index: int,
+        sinks: int,
+        recent: int,
+        eviction: Eviction | None = None,
+        alpha: float = 1.0,
+        share: float = 1.0,
+    ) -> AdaptiveLayer | EvictingAdaptiveLayer:
+        """A cache layer; `recent` below the rule's window is taken for the window.
+
+        Args:
+            eviction, alpha, share: as `EvictingLayer`, if tokens shall leave.
+        """
         limits = next(t for t in self.rule.layers if t.index == index)
-        return AdaptiveLayer(
+        made = AdaptiveLayer(
             [tier[index] for tier in self.tiers],
             LayerRule(tuple(limits.key), tuple(limits.value), limits.mean),
             self.rule.window,
@@ -118,6 +137,7 @@ class Adaptive:
             self.keep_exact,
             self.every,
         )
+        return made if eviction is None else EvictingAdaptiveLayer(made, eviction, alpha, share)
 
 
 def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int = 16) -> Adaptive:

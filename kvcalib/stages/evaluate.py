@@ -25,7 +25,7 @@ from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.eviction import Eviction, Per
 from kvcalib.runtime.loader import Artifact, Prefill, check_fit, load, longest_context, prove
 from kvcalib.runtime.policies import Policy, QHitter, find
-from kvcalib.runtime.tiers import load_adaptive
+from kvcalib.runtime.tiers import Adaptive, load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note, progress
 
@@ -114,8 +114,6 @@ class EvalSettings(BaseModel):
                 raise ValueError(f"--{name} is for eviction; give --keep, such as --keep 0.2")
         if self.share is not None and self.keep is None:
             raise ValueError(f"--recent is {self.recent:g}, a share of tokens never evicted; give --keep as well")
-        if self.evicts and self.adaptive is not None:
-            raise ValueError("--adaptive is not measured with eviction; leave out --keep, --policy and --prompt")
         if self.evicts and self.step is not None and self.step > MOST_STEP:
             raise ValueError(f"--step is {self.step}, expected at most {MOST_STEP}: longer passes count as prompts")
         if self.evicts and self.seq_len < 3:
@@ -137,13 +135,7 @@ def run(
     """Measure `artifacts` on one model and text; writes a JSON object (a list for several) to `json_path`."""
     check_json(json_path)
     loaded = loaded_artifacts(artifacts)
-    if settings.adaptive is None and settings.keep_exact != "no":
-        raise InputError(
-            f"--keep-exact is {settings.keep_exact!r} without --adaptive; give the folder of `kvcalib tiers`"
-        )
-    adaptive = None
-    if settings.adaptive is not None:
-        adaptive = load_adaptive(settings.adaptive, settings.keep_exact, settings.every)
+    adaptive = _adaptive(settings)
     tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
     sequences = token_sequences(
         settings.data, tokenizer, settings.samples, settings.seq_len, "evaluate", settings.seed, settings.skip
@@ -156,9 +148,14 @@ def run(
     batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     with progress("eval", len(sequences), "sequences") as show:
         if settings.evicts:
+            step = settings.step or STEP
+            recent, prefill = settings.recent_tokens, settings.prefill
+            if adaptive is not None:
+                # All read the same tokens exactly; see `evaluation/perplexity.py`.
+                recent, prefill = adaptive.rule.window + step - 1, "exact"
             results = evaluate_continuations(
-                model, trials(loaded, settings), sequences, settings.sinks, settings.recent_tokens, batch_size, show,
-                settings.prefill, settings.prompt or PROMPT, settings.step or STEP,
+                model, trials(loaded, settings, adaptive), sequences, settings.sinks, recent, batch_size, show,
+                prefill, settings.prompt or PROMPT, step,
             )  # fmt: skip
         else:
             results = evaluate(
@@ -179,6 +176,7 @@ def run_summaries(
     """ROUGE of the unquantized model's summaries and of each trial's; `settings.data` is a .jsonl file of articles."""
     check_json(json_path)
     loaded = loaded_artifacts(artifacts)
+    compared = trials(loaded, settings, _adaptive(settings))
     articles = read_articles(settings.data, settings.samples)
     if len(articles) < settings.samples:
         note(f"eval: data {settings.data!r} has {len(articles)} articles, not {settings.samples}")
@@ -186,7 +184,7 @@ def run_summaries(
     model = model if model is not None else loaded_model(model_name, settings)
     with progress("eval", len(articles), "articles") as show:
         results = evaluate_summaries(
-            model, tokenizer, _rotations(model, loaded, settings), trials(loaded, settings), articles, settings.sinks,
+            model, tokenizer, _rotations(model, loaded, settings), compared, articles, settings.sinks,
             settings.recent_tokens, settings.prefill, on_article=show,
         )  # fmt: skip
     _write(json_path, results)
@@ -203,23 +201,26 @@ def run_passkey(
     """Passkey retrieval at a quarter, a half and all of `settings.seq_len`, `settings.samples` prompts of each."""
     check_json(json_path)
     loaded = loaded_artifacts(artifacts)
+    compared = trials(loaded, settings, _adaptive(settings))
     tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
     lengths = sorted({settings.seq_len // 4, settings.seq_len // 2, settings.seq_len})
     needles = make_needles(tokenizer, lengths, settings.samples, settings.seed)
     model = model if model is not None else loaded_model(model_name, settings)
     with progress("eval", len(needles), "prompts") as show:
         results = evaluate_passkey(
-            model, _rotations(model, loaded, settings), trials(loaded, settings), needles, settings.sinks,
-            settings.recent_tokens, settings.prefill, settings.seed, show,
+            model, _rotations(model, loaded, settings), compared, needles, settings.sinks, settings.recent_tokens,
+            settings.prefill, settings.seed, show,
         )  # fmt: skip
     _write(json_path, results)
     return results
 
 
-def trials(artifacts: Sequence[Artifact], settings: EvalSettings) -> list[Trial]:
-    """Each artifact without eviction, then with every policy."""
-    evictions = settings.evictions
-    return [Trial(a, eviction) for a in artifacts for eviction in (None, *evictions)]
+def trials(artifacts: Sequence[Artifact], settings: EvalSettings, adaptive: Adaptive | None = None) -> list[Trial]:
+    """Each artifact, and then `adaptive`, without eviction and with every policy."""
+    kinds: list[tuple[Artifact, Adaptive | None]] = [(a, None) for a in artifacts]
+    if adaptive is not None:
+        kinds.append((artifacts[0], adaptive))
+    return [Trial(a, eviction, widths) for a, widths in kinds for eviction in (None, *settings.evictions)]
 
 
 def without_age(policy: str) -> Policy:
@@ -230,6 +231,16 @@ def without_age(policy: str) -> Policy:
 def loaded_artifacts(artifacts: Sequence[Artifact | str | Path]) -> list[Artifact]:
     """Those that are named, loaded."""
     return [a if isinstance(a, Artifact) else load(a) for a in artifacts]
+
+
+def _adaptive(settings: EvalSettings) -> Adaptive | None:
+    if settings.adaptive is not None:
+        return load_adaptive(settings.adaptive, settings.keep_exact, settings.every)
+    if settings.keep_exact != "no":
+        raise InputError(
+            f"--keep-exact is {settings.keep_exact!r} without --adaptive; give the folder of `kvcalib tiers`"
+        )
+    return None
 
 
 def loaded_model(name: str, settings: EvalSettings) -> Any:

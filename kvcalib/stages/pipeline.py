@@ -10,7 +10,7 @@ from kvcalib.evaluation.perplexity import Evaluation
 from kvcalib.model.loading import BUILTIN, load_model
 from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
-from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq, friendliness
+from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq, friendliness, report
 from kvcalib.stages.allocate import AllocateSettings
 from kvcalib.stages.dial import budget_of, check_budget
 from kvcalib.stages.evaluate import EvalSettings
@@ -23,17 +23,18 @@ DEMO_BITS = (6.0, 4.0, 3.0, DEFAULT_BITS)
 
 @dataclass
 class Outcome:
-    """What a pipeline made: artifacts, their measures, the run's folder and the seconds that its stages took."""
+    """What a pipeline made: artifacts, their measures, the run's folder, the report and the seconds that it took."""
 
     artifacts: list[Path]
     evaluations: list[Evaluation]
     run_dir: Path
+    report: Path
     seconds: float
 
 
 def run(recipe: Recipe, overwrite: bool = False) -> Outcome:
     """Every stage of `recipe`, up-to-date ones skipped; the model is loaded once."""
-    return _run(recipe, {recipe.out: recipe.allocate}, overwrite)
+    return _run(recipe, {recipe.out: recipe.allocate}, report.beside(recipe.out), overwrite)
 
 
 def demo(out: Path) -> Outcome:
@@ -45,10 +46,13 @@ def demo(out: Path) -> Outcome:
         fisher=FisherSettings(samples=16, seq_len=512),
         evaluate=EvalSettings(samples=16, seq_len=512),
     )
-    return _run(recipe, {out / f"nuq{bits:g}": AllocateSettings(budget=bits) for bits in DEMO_BITS}, overwrite=True)
+    artifacts: dict[Path, AllocateSettings | None] = {
+        out / f"nuq{bits:g}": AllocateSettings(budget=bits) for bits in DEMO_BITS
+    }
+    return _run(recipe, artifacts, out / "report.html", overwrite=True)
 
 
-def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], overwrite: bool) -> Outcome:
+def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], page: Path, overwrite: bool) -> Outcome:
     RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
@@ -74,4 +78,6 @@ def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], overwri
             # The same file or data set: what calibrated must not also judge.
             chosen = chosen.model_copy(update={"skip": -(-settings.samples * settings.seq_len // chosen.seq_len)})
         measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model)
-    return Outcome(list(artifacts), measured, run_dir.path, time.monotonic() - began)
+    *others, last = artifacts
+    report.write(report.Subject(run_dir, last, others), page)
+    return Outcome(list(artifacts), measured, run_dir.path, page, time.monotonic() - began)

@@ -46,7 +46,12 @@ def attached(model, artifact, rotations, adaptive, sinks=0, recent=0):
 
 
 class Simulation(DynamicCache):
-    """Stock layers; keys hold every tier and the exact key side by side, values the same and the marks."""
+    """Stock layers; keys hold every tier and the exact key side by side, values the same and the marks.
+
+    `EXTRA` more marks, from `extra`, are for those who simulate more.
+    """
+
+    EXTRA = 0
 
     def __init__(self, config, adaptive, sinks, recent):
         super().__init__(config=config)
@@ -84,14 +89,20 @@ class Simulation(DynamicCache):
         marks[..., POSITION], marks[..., REAL] = (t.float().expand(batch, -1) for t in self.coming)
         marks[..., KEY] = marks[..., VALUE] = -1
         marks = marks[:, None].expand(-1, heads, -1, -1)
+        extra = [self.extra(key_states, value_states, sides)] if self.EXTRA else []
         keys, values = super().update(
-            torch.cat([*sides["key"], key_states], -1), torch.cat([*sides["value"], value_states, marks], -1), layer
+            torch.cat([*sides["key"], key_states], -1),
+            torch.cat([*sides["value"], value_states, *extra, marks], -1),
+            layer,
         )
         self.shown[layer] = keys, values, dim
-        before = keys.shape[2] - count
         self.counted[layer] = min(self.counted[layer], self.packed(layer))
-        self.pack(layer, min(keys.shape[2] - self.recent, before - self.near + 1))
+        self.came(layer, count)
         return key_states, value_states
+
+    def came(self, layer, count):
+        length = self.shown[layer][0].shape[2]
+        self.pack(layer, min(length - self.recent, length - count - self.near + 1))
 
     def marks(self, layer):
         """`[B, T, marks]`, a view into the layer, of the first head; the other heads' are never read."""
@@ -147,8 +158,11 @@ class Simulation(DynamicCache):
         else:
             known[..., FAR] += late.sum(1)[:, : known.shape[1]]
         self.since[layer] += queries
-        if self.since[layer] < self.adaptive.every:
-            return
+        if self.since[layer] >= self.adaptive.every:
+            self.again(layer)
+
+    def again(self, layer):
+        known = self.marks(layer)[:, : self.counted[layer]]
         self.since[layer] = 0
         for row in known:
             seen = row[:, FAR][row[:, FAR] > 0]
@@ -168,6 +182,13 @@ class Reading:
     def before(self, tap):
         tap.cache.note(tap.layer, tap.rotary.position_ids, tap.mask)
 
+    def drew(self, cache, layer, weights, group):
+        """Take in `weights [B, Hq, Q, T]`, before the cache does."""
+
+    def hidden(self, call, hidden):
+        """Which tokens `[B, 1, Q, T]` are hidden, `hidden` being those that the mask hides."""
+        return hidden
+
     def attend(self, call):
         key, value, positions = call.tap.cache.read(call.tap.layer)
         query = call.rotate_new(call.query).float()
@@ -180,7 +201,7 @@ class Reading:
         hidden = torch.arange(length)[None] > torch.arange(length - new, length)[:, None]
         if call.mask is not None:
             hidden = ~call.mask if call.mask.dtype == torch.bool else call.mask < -1e30
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill(self.hidden(call, hidden), -torch.inf)
         extra = call.kwargs.get("s_aux")
         if extra is not None:
             extra = extra.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -188,6 +209,7 @@ class Reading:
         else:
             weights = scores.softmax(-1)
         weights = weights.nan_to_num(0.0)
+        self.drew(call.tap.cache, call.tap.layer, weights, group)
         call.tap.cache.drew(call.tap.layer, weights)
         out = weights @ value.float().repeat_interleave(group, 1)
         return out.transpose(1, 2).to(call.query.dtype), None

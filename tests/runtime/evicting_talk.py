@@ -16,7 +16,111 @@ from tests.runtime.simulated import SimulatedCache, simulate
 ALIVE, DRAWN, KEY_ERROR, VALUE_ERROR, KEY_SIZE, VALUE_SIZE, PROMPT = range(7)
 
 
-class Simulation(SimulatedCache):
+class Choosing:
+    """Who stays, from marks of eviction `[B, H, T, 7]` that `life(layer)` gives.
+
+    Whoever takes this in has `eviction`, `alpha`, `by_head`, `sinks`, `shares` by layer, `real(layer)` and
+    `place(layer)`, both `[B, T]`, and `exact`, tokens of the exact window.
+    """
+
+    def budget(self, layer, seen):
+        e, sinks, share = self.eviction, self.eviction.rule.sinks, self.shares[layer]
+        least = sinks + (int(e.recent) + 2 if e.keep > 1 else 4)
+        return max(least, math.floor(e.keep * share * (1 if e.keep > 1 else min(seen, seen / (e.keep * share))) + 1e-9))
+
+    def block(self, layer):
+        return max(1, int(self.eviction.keep * self.shares[layer] * self.eviction.rule.every))
+
+    def come(self, layer, row, token, pass_tokens, first):
+        """Before `token` of `row` is taken in: let others go. `first`: it is the first of a pass of `pass_tokens`."""
+        e, rule = self.eviction, self.eviction.rule
+        if not rule.evicts:
+            return
+        held = int((self.life(layer)[row, 0, :, ALIVE] > 0).sum())
+        came = int((self.life(layer)[row, 0, :, ALIVE] >= 0)[self.real(layer)[row]].sum())
+        if e.keep > 1:
+            block, most = self.block(layer), self.budget(layer, 0)
+            if self.real(layer)[row, token] and came % block == 0 and held + block > most:
+                self.let_go(layer, row, most - block, came)
+        elif first and pass_tokens <= 16:
+            seen = came + pass_tokens
+            if not rule.grows:
+                first = self.life(layer)[row, :, 0, PROMPT]
+                came = seen = int(first[0]) or came
+                first[:] = came
+            most = self.budget(layer, seen)
+            if held + pass_tokens > most:
+                self.let_go(layer, row, most - max(pass_tokens, int(most * rule.every)), came)
+
+    def let_go(self, layer, row, target, seen):
+        e, rule = self.eviction, self.eviction.rule
+        recents = max(1, int(e.recent) if e.keep > 1 else math.floor(e.recent * seen + 1e-9), 0)
+        recents = min(recents, max(0, target - max(rule.sinks, self.sinks)))
+        marks = self.life(layer)[row].double()
+        positions = self.place(layer)[row]
+        heads = marks.shape[0]
+        lists = [[t for t in range(marks.shape[1]) if marks[h, t, ALIVE] > 0] for h in range(heads)]
+        window = self.exact
+        for h in range(heads):
+            mine = lists[h]
+            always = set(mine[: max(rule.sinks, self.sinks)]) | set(mine[len(mine) - max(recents, window) :])
+            free = [t for t in mine if t not in always]
+            count = max(0, target - len(always))
+            kept = always | set(self.choose(marks, positions, lists, h, free, count, seen))
+            for t in mine:
+                self.life(layer)[row, h, t, ALIVE] = float(t in kept)
+
+    def choose(self, marks, positions, lists, h, free, count, seen):
+        name, rule = self.eviction.rule.name, self.eviction.rule
+        newest = max(positions[t] for mine in lists for t in mine)
+
+        def drew(h, t):
+            return float(marks[h, t, DRAWN] if self.by_head else marks[:, t, DRAWN].sum())
+
+        def top(score, among, n):
+            # Of equal ones the later.
+            return sorted(among, key=lambda t: (score(t), t), reverse=True)[:n]
+
+        if name == "window":
+            return top(lambda t: t, free, count)
+        if name == "h2o":
+            return top(lambda t: drew(h, t), free, count)
+        if name == "qhitter":
+
+            def mean(t):
+                if not rule.age_norm:
+                    return drew(h, t)
+                age = int(newest - positions[t]) + 1
+                return drew(h, t) / sum(rule.decay**i for i in range(age))
+
+            most = max(mean(t) for t in lists[h])
+
+            def score(t):
+                error = (marks[h, t, KEY_ERROR] / marks[h, t, KEY_SIZE]
+                         + marks[h, t, VALUE_ERROR] / marks[h, t, VALUE_SIZE]) / 2  # fmt: skip
+                friendly = round(255 * max(0.0, 1 - float(error))) / 255
+                return self.alpha * mean(t) / most + (1 - self.alpha) * friendly
+
+            return top(score, free, count)
+        everything = [(g, t) for g in range(len(lists)) for t in lists[g]]
+
+        def unit(f):
+            low, high = min(f(*x) for x in everything), max(f(*x) for x in everything)
+            return lambda t: (f(h, t) - low) / (high - low) if high > low else 0.0
+
+        attention = unit(drew)
+        key = unit(lambda g, t: float(marks[g, t, KEY_ERROR]))
+        value = unit(lambda g, t: float(marks[g, t, VALUE_ERROR]))
+        share = (self.eviction.keep - self.eviction.recent) * (1 if self.eviction.keep > 1 else seen)
+        first = min(count, math.floor(share * 7 / 15 + 1e-9))
+        second = min(count - first, max(1, math.floor(share * 8 / 15 + 1e-9)))
+        default = top(lambda t: drew(h, t), free, first)
+        rest = [t for t in free if t not in default]
+        return default + top(lambda t: rule.alpha * attention(t) + (1 - rule.alpha) * (2 - key(t) - value(t)) / 2,
+                             rest, second)  # fmt: skip
+
+
+class Simulation(Choosing, SimulatedCache):
     """Marks of eviction `[B, H, T, 7]` beside those of `SimulatedCache` in the values of stock layers."""
 
     EXTRA = 7
@@ -69,114 +173,21 @@ class Simulation(SimulatedCache):
         for layer in self.quantizers:
             keys, values = self.layers[layer].keys, self.layers[layer].values
             self.shown[layer] = keys, values
-            for row in self.marks(layer)[..., ALIVE]:
+            for row in self.life(layer)[..., ALIVE]:
                 held = [[t for t in range(len(head)) if head[t] > 0] for head in row]
                 least = min(map(len, held))
                 for head, mine in zip(row, held, strict=True):
                     for t in mine[min(sinks, least) : len(mine) - max(0, least - sinks)]:
                         head[t] = 0
 
-    def marks(self, layer):
+    def life(self, layer):
         return self.shown[layer][1][..., -3 - self.EXTRA : -3]
+
+    def place(self, layer):
+        return self.shown[layer][1][:, 0, :, -3]
 
     def real(self, layer):
         return self.shown[layer][1][:, 0, :, -2] > 0
-
-    def budget(self, layer, seen):
-        e, sinks, share = self.eviction, self.eviction.rule.sinks, self.shares[layer]
-        least = sinks + (int(e.recent) + 2 if e.keep > 1 else 4)
-        return max(least, math.floor(e.keep * share * (1 if e.keep > 1 else min(seen, seen / (e.keep * share))) + 1e-9))
-
-    def block(self, layer):
-        return max(1, int(self.eviction.keep * self.shares[layer] * self.eviction.rule.every))
-
-    def come(self, layer, row, token, pass_tokens, first):
-        """Before `token` of `row` is taken in: let others go. `first`: it is the first of a pass of `pass_tokens`."""
-        e, rule = self.eviction, self.eviction.rule
-        if not rule.evicts:
-            return
-        held = int((self.marks(layer)[row, 0, :, ALIVE] > 0).sum())
-        came = int((self.marks(layer)[row, 0, :, ALIVE] >= 0)[self.real(layer)[row]].sum())
-        if e.keep > 1:
-            block, most = self.block(layer), self.budget(layer, 0)
-            if self.real(layer)[row, token] and came % block == 0 and held + block > most:
-                self.let_go(layer, row, most - block, came)
-        elif first and pass_tokens <= 16:
-            seen = came + pass_tokens
-            if not rule.grows:
-                first = self.marks(layer)[row, :, 0, PROMPT]
-                came = seen = int(first[0]) or came
-                first[:] = came
-            most = self.budget(layer, seen)
-            if held + pass_tokens > most:
-                self.let_go(layer, row, most - max(pass_tokens, int(most * rule.every)), came)
-
-    def let_go(self, layer, row, target, seen):
-        e, rule = self.eviction, self.eviction.rule
-        recents = max(1, int(e.recent) if e.keep > 1 else math.floor(e.recent * seen + 1e-9), 0)
-        recents = min(recents, max(0, target - max(rule.sinks, self.sinks)))
-        marks = self.marks(layer)[row].double()
-        positions = self.shown[layer][1][row, 0, :, -3]
-        heads = marks.shape[0]
-        lists = [[t for t in range(marks.shape[1]) if marks[h, t, ALIVE] > 0] for h in range(heads)]
-        window = self.exact
-        for h in range(heads):
-            mine = lists[h]
-            always = set(mine[: max(rule.sinks, self.sinks)]) | set(mine[len(mine) - max(recents, window) :])
-            free = [t for t in mine if t not in always]
-            count = max(0, target - len(always))
-            kept = always | set(self.choose(marks, positions, lists, h, free, count, seen))
-            for t in mine:
-                self.marks(layer)[row, h, t, ALIVE] = float(t in kept)
-
-    def choose(self, marks, positions, lists, h, free, count, seen):
-        name, rule = self.eviction.rule.name, self.eviction.rule
-        newest = max(positions[t] for mine in lists for t in mine)
-
-        def drew(h, t):
-            return float(marks[h, t, DRAWN] if self.by_head else marks[:, t, DRAWN].sum())
-
-        def top(score, among, n):
-            # Of equal ones the later.
-            return sorted(among, key=lambda t: (score(t), t), reverse=True)[:n]
-
-        if name == "window":
-            return top(lambda t: t, free, count)
-        if name == "h2o":
-            return top(lambda t: drew(h, t), free, count)
-        if name == "qhitter":
-
-            def mean(t):
-                if not rule.age_norm:
-                    return drew(h, t)
-                age = int(newest - positions[t]) + 1
-                return drew(h, t) / sum(rule.decay**i for i in range(age))
-
-            most = max(mean(t) for t in lists[h])
-
-            def score(t):
-                error = (marks[h, t, KEY_ERROR] / marks[h, t, KEY_SIZE]
-                         + marks[h, t, VALUE_ERROR] / marks[h, t, VALUE_SIZE]) / 2  # fmt: skip
-                friendly = round(255 * max(0.0, 1 - float(error))) / 255
-                return self.alpha * mean(t) / most + (1 - self.alpha) * friendly
-
-            return top(score, free, count)
-        everything = [(g, t) for g in range(len(lists)) for t in lists[g]]
-
-        def unit(f):
-            low, high = min(f(*x) for x in everything), max(f(*x) for x in everything)
-            return lambda t: (f(h, t) - low) / (high - low) if high > low else 0.0
-
-        attention = unit(drew)
-        key = unit(lambda g, t: float(marks[g, t, KEY_ERROR]))
-        value = unit(lambda g, t: float(marks[g, t, VALUE_ERROR]))
-        share = (self.eviction.keep - self.eviction.recent) * (1 if self.eviction.keep > 1 else seen)
-        first = min(count, math.floor(share * 7 / 15 + 1e-9))
-        second = min(count - first, max(1, math.floor(share * 8 / 15 + 1e-9)))
-        default = top(lambda t: drew(h, t), free, first)
-        rest = [t for t in free if t not in default]
-        return default + top(lambda t: rule.alpha * attention(t) + (1 - rule.alpha) * (2 - key(t) - value(t)) / 2,
-                             rest, second)  # fmt: skip
 
 
 class Reading:
@@ -190,7 +201,7 @@ class Reading:
         if layer not in cache.quantizers:
             return call.plain(call.rotate_new(call.query), call.rotate_new(call.key), call.value)
         key, value, positions = cache.read(layer)
-        marks, real = cache.marks(layer), cache.real(layer)
+        marks, real = cache.life(layer), cache.real(layer)
         batch, heads, length, _ = key.shape
         new, group = call.query.shape[2], call.query.shape[1] // heads
         query = call.rotate_new(call.query).float()

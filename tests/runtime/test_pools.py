@@ -44,6 +44,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("crop"), st.integers(0, 12)),
         st.tuples(st.just("select"), st.lists(st.integers(0, 9), min_size=1, max_size=4)),
         st.tuples(st.just("retag"), st.integers(0, 3)),
+        st.tuples(st.just("take"), st.integers(0, 9)),
     ),
     max_size=12,
 )
@@ -71,6 +72,17 @@ def test_pools_hold_what_a_list_holds(tiers, actions, seed, size):
             chosen = [i % len(listed.rows) for i in argument]
             pools.select(torch.tensor(chosen))
             listed.rows = [list(listed.rows[i]) for i in chosen]
+        elif pools.length and action == "take":
+            count = min(argument, pools.length)
+            batch = len(listed.rows)
+            index = torch.stack([torch.randperm(pools.length, generator=generator)[:count] for _ in range(batch)])
+            used = draw(0, 5, (batch, count)) > 0
+            pools.take(index, used)
+            nothing = torch.zeros(HEADS, DIM)
+            listed.rows = [
+                [row[i] if u else (nothing, nothing, 0, 0) for i, u in zip(line, use, strict=True)]
+                for row, line, use in zip(listed.rows, index.tolist(), used.tolist(), strict=True)
+            ]
         elif pools.length:
             # A few tokens change class, some of them to one that has none yet.
             tag = pools.tag().clone()

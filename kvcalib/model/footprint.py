@@ -1,0 +1,54 @@
+"""What a model takes in memory, from its config alone: no weight is read or made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvcalib.errors import InputError
+from kvcalib.model.loading import resolve
+from kvcalib.model.selftest import attention_layers
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's size.
+
+    Attributes:
+        parameters: of all weights, tied ones counted once.
+        context: the longest context that the config names, None if none.
+        layers: layers with keys and values of their own: `(kv_heads, head_dim, sliding window or None)` by index.
+    """
+
+    parameters: int
+    context: int | None
+    layers: dict[int, tuple[int, int, int | None]]
+
+
+def footprint(name: str) -> Footprint:
+    """The size of the causal LM `name`: a folder, `builtin`, or a Hub id whose config is at hand.
+
+    Raises:
+        InputError: there is no config that transformers knows.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(resolve(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
+    except Exception as error:  # transformers, the Hub and validators have no common base
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"model {name!r}: no usable config ({line}); give the model's folder with --model") from error
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    longest = getattr(text, "max_position_embeddings", None)
+    return Footprint(
+        parameters=sum(p.numel() for p in model.parameters()),
+        context=longest if isinstance(longest, int) else None,
+        layers={index: (heads, head_dim, window) for index, window in attention_layers(model).items()},
+    )
