@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from kvcalib.report.svg import Panel, page
 
+MOST_NAMES = 10
+"""Points that are named on the plot, of the front and baselines; more would lie on one another."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -53,4 +56,7 @@ def pareto_plot(heading: str, note: str, points: Iterable[Point], loss: str, log
         panel.add(ours, "first", "kvcalib", line=False)
     if others:
         panel.add(others, "second", "baselines", line=False)
+    named = {*front(points), *(p for p in points if not p.ours)}
+    for point in sorted(named, key=_by_size) if len(named) <= MOST_NAMES else ():
+        panel.name((point.bits, point.loss), point.name)
     return page([panel], heading, note)

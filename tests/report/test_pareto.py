@@ -50,5 +50,8 @@ def test_plot_has_a_dot_per_point_and_a_line_through_the_front():
         e for e in ET.fromstring(svg).iter() if e.tag.endswith("path") and e.get("class") == "mark" and e.get("d")
     ]
     assert line.get("d").count("L") == 2  # a, b, d
+    said = [e.text for e in ET.fromstring(svg).iter() if e.tag.endswith("text")]
+    assert {"a", "b", "d"} < set(said)
+    assert "c" not in said
     linear = pareto_plot("h", "n", points, "rise of NLL", log=False)
     assert len(circles(linear, "second")) == 2 + 1
