@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvcalib.errors import FolderInUse, InputError, KvcalibError
+from kvcalib.evaluation.failures import reason
 from kvcalib.files import write_bytes, write_json
 from kvcalib.report import pareto
 from kvcalib.stages import progress
@@ -139,15 +140,13 @@ def _settle(
             attempts.write_text("begun\n" * (died + 1))
             try:
                 record = {"status": "done", "measures": done.measure(point)}
-            except KvcalibError as error:
-                record = {"status": "failed", "error": str(error)}
-            except (RuntimeError, ValueError, ArithmeticError, MemoryError, OSError) as error:
-                record = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, FolderInUse):  # not of this point alone
                 attempts.unlink(missing_ok=True)
                 raise
+            except Exception as error:
+                record = {"status": "failed", "error": reason(error)}
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
         made = Record(
             key=key,
             name=point.name(grid.varying),

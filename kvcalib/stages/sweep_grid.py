@@ -343,7 +343,8 @@ class Grid(_Settings):
         """Folders of what the point needs and shares with others that need the same."""
         calibrated = self._name("fisher", self.fisher(point).model_dump(mode="json", exclude=ELSEWHERE))
         fitted = self._name("fit", [calibrated, point.fit().model_dump(mode="json")])
-        budgets = self.tiers if point.adaptive else (point.bits or 0.0,)
+        own = () if point.bits is None else (point.bits,)
+        budgets = self.tiers if point.adaptive else own
         built = tuple(
             self._name("artifact", [fitted, point.spending(bits).model_dump(mode="json")]) for bits in budgets
         )

@@ -118,6 +118,16 @@ def test_baselines_stand_beside(home, tmp_path):
     assert ours.measures.nll != integer.measures.nll
 
 
+def test_a_baseline_that_is_fitted_takes_the_grids_calibration(home, tmp_path, counted):
+    path = write(home, tmp_path, grid={"baselines": ["kvquant-published"]})
+    todo = sweep_cost.plan(read_grid(path), SweepDir(tmp_path / "out", create=False))
+    assert {name: need.left for name, need in todo.stages.items()} == {"fisher": 1, "measure baseline": 1}
+    (record,) = run(path, tmp_path / "out").records
+    assert (record.status, record.error, record.runs) == ("done", None, {"fisher": 1, "measure": 1})
+    assert record.measures.kld > 0
+    assert (counted["fisher"], counted["fit-nuq"]) == (1, 0)
+
+
 def test_killed_in_the_middle_nothing_is_lost_and_nothing_repeated(home, tmp_path, counted):
     path = write(home, tmp_path, grid={"bits": [3, 4], "recent": list(range(12))})
     out, total = tmp_path / "out", 24
