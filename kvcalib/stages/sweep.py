@@ -23,6 +23,7 @@ import torch
 from kvcalib.errors import FolderInUse, InputError, KvcalibError
 from kvcalib.evaluation.failures import reason
 from kvcalib.files import write_bytes, write_json
+from kvcalib.model.loading import resolve
 from kvcalib.report import pareto
 from kvcalib.stages import progress
 from kvcalib.stages.progress import note
@@ -78,6 +79,7 @@ def run(
     mine = launched()
     if workers > 1 and mine.count > 1:
         raise InputError(f"--workers is {workers} under a launcher of {mine.count} processes; give one of the two")
+    resolve(grid.model)  # before processes are started
     folder = SweepDir(out, jsonl)
     known = folder.store.read()
     again = {key: r.created for key, r in known.items() if r.status == "failed"} if retry_failed else {}

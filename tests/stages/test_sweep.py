@@ -1,6 +1,8 @@
 """Sweeps as they are run: shared stages, resuming after a kill, sharing by processes, failures, plan and cost."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -233,10 +235,29 @@ def test_results_of_another_model_are_refused(home, tmp_path):
         run(path, tmp_path / "out")
 
 
+def _die(answer):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuse(answer):
+    answer.send(FolderInUse("other results"))
+
+
 def test_workers_that_die_or_cannot_start_are_told(home, tmp_path, monkeypatch):
     path = write(home, tmp_path, model=str(tmp_path / "gone"))
     with pytest.raises(InputError, match="gone"):
         run(path, tmp_path / "out", workers=2)
+    context = multiprocessing.get_context("fork")
+    for target, kind, said in ((_die, InputError, "was killed by SIGKILL; nothing"), (_refuse, FolderInUse, "other")):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=target, args=(theirs,))
+        process.start()
+        theirs.close()
+        error = sweep._answer(process, ours)
+        process.join()
+        assert isinstance(error, kind)
+        assert said in str(error)
+    path = write(home, tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sweep, "launched", lambda: sweep.Share(0, 2))
     with pytest.raises(InputError, match="--workers is 2 under a launcher of 2 processes"):
