@@ -59,7 +59,11 @@ class Exported:
 
 
 def run(
-    source: str | Path, to: str, out: Path | None = None, settings: ExportSettings | None = None, overwrite: bool = False
+    source: str | Path,
+    to: str,
+    out: Path | None = None,
+    settings: ExportSettings | None = None,
+    overwrite: bool = False,
 ) -> Exported:
     """Write the files of the target `to`.
 
@@ -79,15 +83,15 @@ def run(
         raise InputError(f"{folder}: neither a run (no run.json) nor an artifact (no {store.MANIFEST})")
     if is_run and "run" not in target.reads:
         raise InputError(
-            f"{folder}: is a run, and --to {to} is made from an artifact; `kvcalib build {folder} --out ARTIFACT` makes "
-            "one, then export that"
+            f"{folder}: is a run, and --to {to} is made from an artifact; `kvcalib build {folder} --out ARTIFACT` "
+            "makes one, then export that"
         )
     if not is_run:
         folder = hub.locate(source)
         if "artifact" not in target.reads:
             raise InputError(
-                f"{source}: is an artifact, which holds no sample of keys and values to take FP8 scales from; give --to "
-                f"{to} the run that it was built from (the folder of `kvcalib fisher --run`)"
+                f"{source}: is an artifact, which holds no sample of keys and values to take FP8 scales from; give "
+                f"--to {to} the run that it was built from (the folder of `kvcalib fisher --run`)"
             )
     facts = of_run(RunDir(folder)) if is_run else of_artifact(folder)
     facts = with_formats(facts, settings.effective_bits) if to == "modelopt" else facts
@@ -123,7 +127,6 @@ def of_artifact(folder: Path) -> Facts:
     if not layers:
         raise InputError(f"{folder}: no layer of it is quantized, there is nothing to export")
     return Facts(str(folder), __version__, manifest.model, layers, manifest.runtime.recent)
-
 
 
 def estimated(spec: LayerSpec) -> dict[str, float]:

@@ -89,6 +89,7 @@ def mean_width(facts: Facts) -> float:
     """Mean code width over the key and value elements of all layers."""
     elements = sum(layer.kv_heads * layer.head_dim for layer in facts.layers)
     total = sum(
-        ((layer.key_bits or 0.0) + (layer.value_bits or 0.0)) * layer.kv_heads * layer.head_dim for layer in facts.layers
+        ((layer.key_bits or 0.0) + (layer.value_bits or 0.0)) * layer.kv_heads * layer.head_dim
+        for layer in facts.layers
     )
     return total / (2 * elements)

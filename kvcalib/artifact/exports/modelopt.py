@@ -1,4 +1,4 @@
-"""`--to modelopt`: `hf_quant_config.json` with a KV-cache format for every layer, as NVIDIA's Model Optimizer writes it.
+"""`--to modelopt`: `hf_quant_config.json` with a KV-cache format for every layer, as NVIDIA's Model Optimizer has it.
 
 Schema version 1 of `kv_cache_quantized_layers` (NVIDIA/Model-Optimizer#2272): FP8 or NVFP4 for keys and values
 together; a layer that is not named stays unquantized. The envelope is the one for unquantized weights, `quant_algo`
@@ -33,7 +33,9 @@ class ModelOpt(Export):
     def files(self, facts: Facts) -> dict[str, bytes]:
         """See `Export.files`."""
         layers = {
-            module_name(self.module, layer.index): {"quant_algo": layer.format} for layer in facts.layers if layer.format
+            module_name(self.module, layer.index): {"quant_algo": layer.format}
+            for layer in facts.layers
+            if layer.format
         }
         if not layers:
             raise InputError(
