@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -89,8 +89,9 @@ def fetch(reference: Reference, again: bool = False) -> Fetched:
     Raises:
         InputError: no such repository or revision, no access, no connection and no copy, or no artifact in it.
     """
+    api = HfApi()
     try:
-        info = HfApi().model_info(reference.repo, revision=reference.revision)
+        info = api.model_info(reference.repo, revision=reference.revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise explain(reference, error) from None
     except _ERRORS as error:
@@ -104,7 +105,7 @@ def fetch(reference: Reference, again: bool = False) -> Fetched:
             "one with `kvcalib push`"
         )
     try:
-        folder = snapshot_download(
+        folder = api.snapshot_download(
             reference.repo, revision=commit, allow_patterns=PATTERNS, force_download=again, max_workers=2
         )
     except _ERRORS as error:
@@ -115,7 +116,7 @@ def fetch(reference: Reference, again: bool = False) -> Fetched:
 def _cached(reference: Reference, error: Exception) -> Fetched:
     """The copy that an earlier fetch left, when the Hub cannot be asked."""
     try:
-        folder = Path(snapshot_download(
+        folder = Path(HfApi().snapshot_download(
             reference.repo, revision=reference.revision, allow_patterns=PATTERNS, local_files_only=True
         ))  # fmt: skip
     except _ERRORS:

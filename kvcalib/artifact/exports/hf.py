@@ -14,8 +14,9 @@ from kvcalib.errors import InputError
 
 WIDTHS = {"hqq": (1, 2, 3, 4, 8), "quanto": (2, 4)}
 """Code widths that transformers 5.23 takes, by backend."""
-AXIS = {"hqq": 1, "quanto": -1}
-"""The axis whose groups are neighbouring channels of one token and head."""
+AXIS = 0
+"""Groups of elements that lie far apart. Groups within a token and head (1, or -1 for quanto) fail at most prompt
+lengths: quanto 0.2.7 and hqq 0.2.8 then want numbers of tokens that their packing divides (docs/LOG.md)."""
 GROUPS = (64, 32, 16)
 RESIDUAL = 128
 SCALE_BITS = 32
@@ -58,12 +59,11 @@ class TransformersCache(Export):
             )
         wanted = mean_width(facts)
         nbits = min(WIDTHS[self.backend], key=lambda bits: (abs(bits - wanted), -bits))
-        axis = AXIS[self.backend]
         return {
             "backend": self.backend,
             "nbits": nbits,
-            "axis_key": axis,
-            "axis_value": axis,
+            "axis_key": AXIS,
+            "axis_value": AXIS,
             "q_group_size": group,
             "residual_length": max(RESIDUAL, facts.recent),
         }
