@@ -22,7 +22,7 @@ TAGS = ["kv-cache", "quantization", "kvcalib"]
 POSITION_BITS, WORD_BITS, EXACT_BITS = 32, 32, 16
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#|~!^$])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]#|~$])")
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ Every hash is checked when it is loaded, and a model of another shape is refused
         "## Layers\n\n" + _layers(manifest),
         f"""## Calibration
 
-{source.sequences} sequences of {source.seq_len} tokens ({source.tokens} tokens, {source.sampled_tokens} kept whole) of
-{plain(source.data)}, seed {source.seed}; the unquantized model's NLL on them is {source.nll:.4f} nats per token.
+Text: {plain(source.data)}; {source.sequences} sequences of {source.seq_len} tokens, {source.tokens} tokens in all,
+{source.sampled_tokens} of them kept whole, seed {source.seed}. NLL of the unquantized model on it:
+{source.nll:.4f} nats per token.
 Codebooks: weights {fit.weights}, keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver}
 solver, Q-Norm {"on" if fit.qnorm else "off"}.""",
         """## Limits
@@ -114,7 +115,7 @@ def front_matter(manifest: Manifest, license: str | None = None) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` as one line that Markdown and HTML show as it is: no markup, links, mentions or line breaks."""
+    """`text` as it shows within a line of Markdown or HTML: no markup, links, mentions or line breaks."""
     line = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
     line = " ".join(line.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -130,7 +131,8 @@ def _table(measured: Measured) -> str:
         if row[0] == measured.mine:
             cells = [f"**{cell}**" if cell else cell for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
-    return plain(measured.protocol) + "\n\n" + "\n".join(lines)
+    # Text of others never begins a line: there "1." or "-" would be markup.
+    return "Protocol: " + plain(measured.protocol) + "\n\n" + "\n".join(lines)
 
 
 def _layers(manifest: Manifest) -> str:
@@ -165,7 +167,7 @@ def effective_bits(manifest: Manifest) -> float:
     """Bits per element of a long cache: as planned, or those of the listed layers' rows and of a position."""
     if manifest.budget is not None:
         return manifest.budget.planned
-    specs = [(part, part is layer.value) for layer in manifest.layers for part in (layer.key, layer.value)]
+    specs = [pair for layer in manifest.layers for pair in ((layer.key, False), (layer.value, True))]
     elements = sum(spec.kv_heads * spec.head_dim for spec, _ in specs)
     return (POSITION_BITS + sum(_row_bits(spec, relative) for spec, relative in specs)) / max(1, elements)
 

@@ -30,6 +30,8 @@ from kvcalib.errors import CorruptFile, FolderInUse, InputError
 
 PATTERNS = [MANIFEST, TENSORS, CARD, *(f"{FOLDER}/{name}" for name in sorted(FILES))]
 MAIN = "main"
+NO_ID = "is no Hub id, expected owner/name or owner/name@revision"
+NO_FOLDER = "no such folder; give an artifact folder, or a Hub id like owner/name@revision"
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _IGNORED = {".gitattributes", CARD}
 _ERRORS = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, HFValidationError, OSError)
@@ -54,15 +56,15 @@ class Fetched:
     commit: str
 
 
-def parse(name: str, revision: str | None = None) -> Reference:
+def parse(name: str, revision: str | None = None, otherwise: str = NO_ID) -> Reference:
     """`owner/name` or `owner/name@revision` taken apart.
 
     Raises:
-        InputError: it is no such name, or its revision and `revision` differ.
+        InputError: it is no such name (the message is `otherwise`), or its revision and `revision` differ.
     """
     repo, at, given = name.partition("@")
     if not _REPO.fullmatch(repo) or (at and not given):
-        raise InputError(f"{name}: no such folder; give an artifact folder, or a Hub id like owner/name@revision")
+        raise InputError(f"{name or repr(name)}: {otherwise}")
     if given and revision is not None and given != revision:
         raise InputError(f"{name}: names revision {given!r}, and revision {revision!r} is given as well; give one")
     return Reference(repo, given or revision)
@@ -77,7 +79,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
         InputError: neither a folder nor an artifact on the Hub that can be reached.
     """
     folder = Path(path)
-    return folder if folder.is_dir() else fetch(parse(str(path), revision)).folder
+    return folder if folder.is_dir() else fetch(parse(str(path), revision, NO_FOLDER)).folder
 
 
 def fetch(reference: Reference, again: bool = False) -> Fetched:
@@ -197,6 +199,7 @@ def explain(reference: Reference, error: Exception, writing: bool = False) -> In
     status = getattr(getattr(error, "response", None), "status_code", None)
     shown = str(error).strip()
     reason = shown.splitlines()[0] if shown else type(error).__name__
+    reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason
     login = "log in with `hf auth login`" + (" and a token that may write" if writing else "")
     if isinstance(error, GatedRepoError):
         return InputError(f"{reference}: is gated on the Hub; accept its terms on its page there, and {login}")
@@ -218,7 +221,7 @@ def explain(reference: Reference, error: Exception, writing: bool = False) -> In
         return InputError(f"{reference}: the Hub answered with an error ({reason}); try again later")
     return InputError(
         f"{reference}: no such folder here, and the Hub cannot be reached ({reason}); check the connection and "
-        "HF_HUB_OFFLINE, or give a local folder"
+        "the variable HF_HUB_OFFLINE, or give a local folder"
         if not writing
-        else f"{reference}: the Hub cannot be reached ({reason}); check the connection and HF_HUB_OFFLINE"
+        else f"{reference}: the Hub cannot be reached ({reason}); check the connection and the variable HF_HUB_OFFLINE"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +13,9 @@ from kvcalib.cli.commands import app
 from kvcalib.cli.options import OverwriteOption
 from kvcalib.cli.tables import print_path
 from kvcalib.cli.terminal import errors, make_settings, out_console, quiet_libraries
+
+if TYPE_CHECKING:
+    from kvcalib.artifact.exports import Facts, LayerFacts
 
 ComparisonOption = Annotated[
     Path | None, typer.Option(help="A file of `kvcalib eval --compare ... --json`: its table goes into the card.")
@@ -52,30 +56,43 @@ def export(
             stage.ExportSettings, effective_bits=effective_bits, module=module, tp_size=tp_size, backend=backend
         )
         done = stage.run(source, to, out, settings, overwrite)
-        table = Table(title=f"{to}, by layer")
-        columns = {
-            "modelopt": ("format", "FP8 loss", "NVFP4 loss"),
-            "vllm-scales": ("key scale", "value scale", "FP8 loss"),
-            "sglang-scales": ("scale", "FP8 loss"),
-        }.get(to)
-        if columns is not None:
-            for column in ("layer", *columns):
-                table.add_column(column, justify="right")
-            for layer in done.facts.layers:
-                fp8, nvfp4 = (f"{layer.losses[name]:.1e}" for name in ("FP8", "NVFP4"))
-                cells = {
-                    "modelopt": (layer.format or "unquantized", fp8, nvfp4),
-                    "vllm-scales": (f"{layer.key_scale:.5f}", f"{layer.value_scale:.5f}", fp8),
-                    "sglang-scales": (f"{layer.shared_scale:.5f}", fp8),
-                }[to]
-                table.add_row(str(layer.index), *cells)
-            out_console.print(table)
+        _print_layers(to, done.facts)
         if to == "modelopt":
             out_console.print(f"{stage.bits_of(done.facts):.3f} effective bits", highlight=False)
         for note in done.notes:
             out_console.print(f"- {note}", highlight=False, markup=False, soft_wrap=True)
         for path in done.paths:
             print_path("export", path)
+
+
+def _print_layers(to: str, facts: Facts) -> None:
+    """What was found for each layer, in the columns of the target `to`."""
+
+    def scale(found: float | None) -> str:
+        return "" if found is None else f"{found:.5f}"
+
+    columns: dict[str, Callable[[LayerFacts], str]] = {
+        "format": lambda layer: layer.format or "unquantized",
+        "key scale": lambda layer: scale(layer.key_scale),
+        "value scale": lambda layer: scale(layer.value_scale),
+        "scale": lambda layer: scale(layer.shared_scale),
+        "FP8 loss": lambda layer: f"{layer.losses['FP8']:.1e}",
+        "NVFP4 loss": lambda layer: f"{layer.losses['NVFP4']:.1e}",
+    }
+    shown = {
+        "modelopt": ("format", "FP8 loss", "NVFP4 loss"),
+        "vllm-scales": ("key scale", "value scale", "FP8 loss"),
+        "sglang-scales": ("scale", "FP8 loss"),
+    }.get(to, ())
+    if not shown:
+        return
+    unit = "estimated up to one factor" if facts.estimated else "in nats per token"
+    table = Table(title=f"{to}, predicted losses {unit}")
+    for column in ("layer", *shown):
+        table.add_column(column, justify="right")
+    for layer in facts.layers:
+        table.add_row(str(layer.index), *(columns[column](layer) for column in shown))
+    out_console.print(table)
 
 
 @app.command()

@@ -126,7 +126,7 @@ def of_artifact(folder: Path) -> Facts:
     ]
     if not layers:
         raise InputError(f"{folder}: no layer of it is quantized, there is nothing to export")
-    return Facts(str(folder), __version__, manifest.model, layers, manifest.runtime.recent)
+    return Facts(str(folder), __version__, manifest.model, layers, manifest.runtime.recent, estimated=True)
 
 
 def estimated(spec: LayerSpec) -> dict[str, float]:

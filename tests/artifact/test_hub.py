@@ -78,8 +78,10 @@ def test_parse(name, revision, expected):
     "name", ["", "a", "a/b/c", "./a/b", "/a/b", "~/a", "a/b@", "@v1", "a b/c", "a/", "../b", "a/.b"]
 )
 def test_parse_refuses(name):
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="is no Hub id, expected owner/name"):
         hub.parse(name)
+    with pytest.raises(InputError, match="no such folder"):
+        hub.locate(name or "nothing")
 
 
 def test_two_revisions_are_refused():

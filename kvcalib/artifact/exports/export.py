@@ -52,6 +52,7 @@ class Facts:
 
     Attributes:
         origin: its folder, for messages. version: of kvcalib. recent: exact last tokens by default.
+        estimated: the layers' losses are known up to one factor for all.
     """
 
     origin: str
@@ -59,6 +60,7 @@ class Facts:
     model: ModelIdentity
     layers: list[LayerFacts]
     recent: int = 0
+    estimated: bool = False
 
 
 class Export(ABC):

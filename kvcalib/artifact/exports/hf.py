@@ -12,8 +12,8 @@ from typing import ClassVar
 from kvcalib.artifact.exports.export import Export, Facts, render
 from kvcalib.errors import InputError
 
-WIDTHS = {"hqq": (1, 2, 3, 4, 8), "quanto": (2, 4)}
-"""Code widths that transformers 5.23 takes, by backend."""
+WIDTHS = {"hqq": (2, 3, 4, 8), "quanto": (2, 4)}
+"""Code widths that transformers 5.23 takes, by backend; not hqq's 1 bit, whose error is larger than the keys."""
 AXIS = 0
 """Groups of elements that lie far apart. Groups within a token and head (1, or -1 for quanto) fail at most prompt
 lengths: quanto 0.2.7 and hqq 0.2.8 then want numbers of tokens that their packing divides (docs/LOG.md)."""
