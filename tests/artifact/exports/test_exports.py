@@ -1,6 +1,10 @@
 """Exported files against their consumers: schemas as these document them, and their own code where it is installed."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -183,6 +187,23 @@ def test_vllm_scales(model, tmp_path):
     scheme = json.loads(config.read_bytes())["kv_cache_scheme"]
     assert scheme == {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
     assert any("layer 1" in note for note in VLLMScales().notes(facts(model, missing=(1,))))
+
+
+def test_the_pages_lines_put_scales_into_a_checkpoint(model, tmp_path):
+    """The Python lines of docs/exports.md, run as they stand, on a checkpoint in several files."""
+    page = (Path(__file__).parents[3] / "docs/exports.md").read_text()
+    lines = next(part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "kv_scales" in part)
+    model.save_pretrained(tmp_path / "my-model", max_shard_size="100KB")
+    VLLMScales().write(facts(model), tmp_path / "exports")
+    subprocess.run([sys.executable, "-c", lines], cwd=tmp_path, check=True)
+    index = json.loads((tmp_path / "my-model/model.safetensors.index.json").read_bytes())["weight_map"]
+    mine = {name for name, file in index.items() if file == "kv_scales.safetensors"}
+    assert mine == set(load_file(tmp_path / "my-model/kv_scales.safetensors"))
+    assert len(index) == len(mine) + len(dict(model.state_dict()))
+    assert len(set(index.values())) > 2
+    config = json.loads((tmp_path / "my-model/config.json").read_bytes())
+    assert config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    assert config["model_type"] == "llama"
 
 
 def test_compressed_tensors_reads_the_config(model):
