@@ -73,7 +73,12 @@ class _Handler(BaseHTTPRequestHandler):
     def allowed(self, repo: Repo | None, writing: bool = False) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if (writing or (repo is not None and repo.private)) and token not in self.hub.writers:
-            self.reply(401, {"error": "Unauthorized"}, X_Error_Message="Invalid username or password.")
+            # The real Hub tells strangers alike that a repository is private and that there is none.
+            known = {} if writing else {"X_Error_Code": "RepoNotFound"}
+            self.reply(401, {"error": "Unauthorized"}, X_Error_Message="Invalid username or password.", **known)
+            return False
+        if repo is None and token not in self.hub.writers:
+            self.reply(401, {"error": "Unauthorized"}, X_Error_Code="RepoNotFound")
             return False
         if repo is None:
             self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")

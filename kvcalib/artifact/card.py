@@ -84,9 +84,9 @@ Every hash is checked when it is loaded, and a model of another shape is refused
         "## Layers\n\n" + _layers(manifest),
         f"""## Calibration
 
-Text: {plain(source.data)}; {source.sequences} sequences of {source.seq_len} tokens, {source.tokens} tokens in all,
-{source.sampled_tokens} of them kept whole, seed {source.seed}. NLL of the unquantized model on it:
-{source.nll:.4f} nats per token.
+Text: {plain(without_folders(source.data))}; {source.sequences} sequences of {source.seq_len} tokens,
+{source.tokens} tokens in all, {source.sampled_tokens} of them kept whole, seed {source.seed}. NLL of the unquantized
+model on it: {source.nll:.4f} nats per token.
 Codebooks: weights {fit.weights}, keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver}
 solver, Q-Norm {"on" if fit.qnorm else "off"}.""",
         """## Limits
@@ -121,6 +121,11 @@ def plain(text: str) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _MARKDOWN.sub(r"\\\1", line)
     return line.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def without_folders(data: str) -> str:
+    """The last part of an absolute path: where a text lay on one machine is nobody's business; else `data`."""
+    return data.rstrip("/").rsplit("/", 1)[-1] if data.startswith(("/", "~")) else data
 
 
 def _table(measured: Measured) -> str:

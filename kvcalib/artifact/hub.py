@@ -208,9 +208,10 @@ def explain(reference: Reference, error: Exception, writing: bool = False) -> In
             f"{reference}: the repository is on the Hub, but has no revision {reference.revision!r}; give a branch, a "
             "tag or a commit that it has"
         )
-    if status in (401, 403) or (writing and isinstance(error, RepositoryNotFoundError)):
+    missing = isinstance(error, RepositoryNotFoundError)  # what the client makes of a 401, too
+    if (writing and missing) or (not missing and status in (401, 403)):
         return InputError(f"{reference}: the Hub does not let you {'write' if writing else 'read'} it; {login}")
-    if isinstance(error, RepositoryNotFoundError):
+    if missing:
         return InputError(
             f"{reference}: no such folder here and no such repository on the Hub; check the name, and if it is "
             f"private, {login}"

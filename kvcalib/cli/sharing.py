@@ -86,13 +86,14 @@ def _print_layers(to: str, facts: Facts) -> None:
     }.get(to, ())
     if not shown:
         return
-    unit = "estimated up to one factor" if facts.estimated else "in nats per token"
-    table = Table(title=f"{to}, predicted losses {unit}")
+    table = Table(title=to)
     for column in ("layer", *shown):
         table.add_column(column, justify="right")
     for layer in facts.layers:
         table.add_row(str(layer.index), *(columns[column](layer) for column in shown))
     out_console.print(table)
+    unit = "estimated, up to one factor for all" if facts.estimated else "nats per token"
+    out_console.print(f"predicted losses: {unit}", highlight=False)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kvcalib.artifact import hub, store
-from kvcalib.artifact.card import Measured, card
+from kvcalib.artifact.card import Measured, card, without_folders
 from kvcalib.artifact.manifest import Manifest
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.evaluation.comparison import Comparison, Interval, Row
@@ -52,7 +52,8 @@ def measured(comparison: Comparison, manifest: Manifest, mine: str | None = None
             "comparison of the artifact's model"
         )
     text = (
-        f"{comparison.protocol} {comparison.samples} sequences of {comparison.seq_len} tokens of {comparison.data}, "
+        f"{comparison.protocol} {comparison.samples} sequences of {comparison.seq_len} tokens of "
+        f"{without_folders(comparison.data)}, "
         f"{comparison.dtype}, {comparison.machine}, {comparison.created[:10]}. The unquantized model's NLL is "
         f"{comparison.fp16_nll:.4f} nats per token. In brackets: 95 % intervals, by paired bootstrap over sequences."
     )

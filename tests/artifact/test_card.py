@@ -94,6 +94,16 @@ def test_comparison():
     assert "| contender | KLD |\n|---|--:|\n| fp16 | 0 |\n| **mine** | **0.1 (0.0 to 0.2)** |" in text
 
 
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [("/home/me/text.jsonl", "text.jsonl"), ("~/t.txt", "t.txt"), ("owner/name:train", "owner/name:train")],
+)
+def test_a_paths_folders_are_left_out(data, shown):
+    manifest, _ = example()
+    source = manifest.calibration.model_copy(update={"data": data})
+    assert f"Text: {shown};" in card(manifest.model_copy(update={"calibration": source}))
+
+
 # Escaping
 
 

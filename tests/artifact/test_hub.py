@@ -176,7 +176,7 @@ def test_no_connection(tmp_path, monkeypatch):
         hub.locate("a/b")
 
 
-def test_what_is_not_there_is_named(server, artifact):
+def test_what_is_not_there_is_named(server, artifact, tmp_path):
     published(server, artifact)
     server.repo("someone/model", {"config.json": b"{}", "model.safetensors": b""})
     server.repo("someone/secret", contents(artifact), private=True)
@@ -185,7 +185,7 @@ def test_what_is_not_there_is_named(server, artifact):
         ("someone/nothing", "no such repository on the Hub"),
         (f"{NAME}@v9", "no revision 'v9'"),
         ("someone/model", r"no artifact of kvcalib \(no manifest.json\)"),
-        ("someone/secret", "(does not let you read|private).*hf auth login"),
+        ("someone/secret", "if it is private, log in with `hf auth login`"),
         ("someone/gated", "accept its terms"),
         ("no--body/x", "no name that the Hub allows"),
     ):
@@ -193,6 +193,10 @@ def test_what_is_not_there_is_named(server, artifact):
             hub.locate(name)
         assert "\n" not in str(caught.value)
         assert caught.value.exit_code == 2
+    log_in(tmp_path)
+    with pytest.raises(InputError, match="no such repository on the Hub"):
+        hub.locate("someone/nothing")
+    assert hub.locate("someone/secret").is_dir()
 
 
 # Publishing
