@@ -1,5 +1,6 @@
 """Exported files against their consumers: schemas as these document them, and their own code where it is installed."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -278,6 +279,15 @@ def test_hf_refuses_what_transformers_would(model):
         TransformersCache().files(facts(model, sliding=8))
     with pytest.raises(InputError, match="head_dim is 20"):
         TransformersCache().files(facts(model, head_dim=20))
+
+
+@pytest.mark.parametrize("backend", ["hqq", "quanto"])
+def test_transformers_takes_the_arguments(backend, model):
+    """Without the backend's package, too: then that is all that its own class has against them."""
+    for width in (2, 3, 4, 8):
+        config = TransformersCache(backend).config(facts(model, key_bits=width, value_bits=width))
+        with contextlib.suppress(ImportError):  # any other error is about the arguments
+            assert len(QuantizedCache(config=model.config, **config).layers) == 4
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
