@@ -43,6 +43,10 @@ COMMANDS = (
     "inspect",
     "verify",
     "validate",
+    "export",
+    "card",
+    "push",
+    "pull",
 )
 # As issue 2 lists them.
 KEYS = {

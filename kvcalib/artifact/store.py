@@ -1,4 +1,4 @@
-"""Artifacts on disk: `manifest.json`, `tensors.safetensors`, `README.md`.
+"""Artifacts on disk: `manifest.json`, `tensors.safetensors`, `README.md`, and exports beside them in `exports/`.
 
 Reading checks everything that the manifest promises before anything is used: the manifest's own digest, the other
 files' hashes, every tensor's dtype, shape and hash. Nothing is executed, no path inside an artifact is followed.
@@ -15,12 +15,14 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from kvcalib.artifact.exports import FILES, FOLDER
 from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
 from kvcalib.files import encode_tensors, hash_bytes, hash_file, hash_tensor, read_tensors, write_error
 
 MANIFEST, TENSORS, CARD = "manifest.json", "tensors.safetensors", "README.md"
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_EXPORT_BYTES = 4 << 20
 
 
 def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: str, overwrite: bool = False) -> Manifest:
@@ -39,13 +41,29 @@ def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: st
     body = encode_tensors(tensors, {"format": manifest.format, "format_version": FORMAT_VERSION})
     files = {TENSORS: hash_bytes(body), CARD: hash_bytes(card.encode())}
     manifest = manifest.model_copy(update={"tensors": records, "files": files})
-    content = {MANIFEST: manifest.encode(), TENSORS: body, CARD: card.encode()}
+    install(folder, {MANIFEST: manifest.encode(), TENSORS: body, CARD: card.encode()}, overwrite)
+    return manifest
+
+
+def with_card(content: dict[str, bytes], manifest: Manifest, card: str) -> dict[str, bytes]:
+    """`content`, an artifact's files by name, with another card and the manifest that has its hash."""
+    files = {**manifest.files, CARD: hash_bytes(card.encode())}
+    return {**content, CARD: card.encode(), MANIFEST: manifest.model_copy(update={"files": files}).encode()}
+
+
+def install(folder: Path, content: dict[str, bytes], overwrite: bool = False) -> None:
+    """Make `folder` hold the artifact `content`, files by name; it appears complete or not at all.
+
+    Raises:
+        FolderInUse, InputError: as `write`.
+    """
     if folder.exists() and _settled(folder, content, overwrite):
-        return manifest
+        return
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         for name, data in content.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             with open(temporary / name, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -61,7 +79,6 @@ def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: st
             raise write_error(folder, error, sum(len(d) for d in content.values())) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return manifest
 
 
 def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
@@ -72,8 +89,9 @@ def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
     if not present:
         folder.rmdir()
         return False
-    if MANIFEST not in present or present - set(content):
-        strange = sorted(present - set(content))[:3] or sorted(present)[:3]
+    known = {MANIFEST, TENSORS, CARD, *({FOLDER} if len(_exports(folder)) == _entries(folder / FOLDER) else ())}
+    if MANIFEST not in present or present - known:
+        strange = sorted(present - known)[:3] or sorted(present)[:3]
         raise FolderInUse(f"{folder}: holds {', '.join(strange)}, which is no artifact; choose another --out")
     if all((folder / name).is_file() and (folder / name).read_bytes() == data for name, data in content.items()):
         return True
@@ -82,6 +100,38 @@ def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
             f"{folder}: holds another artifact (manifest.json differs); choose another --out, or pass --overwrite"
         )
     return False
+
+
+def _entries(folder: Path) -> int:
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def _exports(folder: Path) -> list[str]:
+    """Names, relative to `folder`, of the exports that lie in the artifact there: known names only."""
+    inside = folder / FOLDER
+    if inside.is_symlink() or not inside.is_dir():
+        return []
+    return [f"{FOLDER}/{p.name}" for p in sorted(inside.iterdir()) if p.name in FILES and p.is_file()]
+
+
+def contents(folder: Path, links: bool = False) -> tuple[Manifest, dict[str, bytes]]:
+    """An artifact's manifest and files by name, exports among them, everything checked as `read` does.
+
+    Args:
+        links: exports may be symbolic links, as in the Hub's download cache. Elsewhere a link could make any file of
+            this machine travel: nothing says what an export's content must be.
+
+    Raises:
+        InputError, CorruptFile: see `read`. CorruptFile: an export is a link, or larger than any is.
+    """
+    manifest, _ = read(folder)
+    names = [MANIFEST, TENSORS, CARD, *_exports(folder)]
+    for name in names[3:]:
+        if not links and (folder / name).is_symlink():
+            raise CorruptFile(f"{folder / name}: is a symbolic link, expected a file; delete it, or export again")
+        if (folder / name).stat().st_size > MAX_EXPORT_BYTES:
+            raise CorruptFile(f"{folder / name}: larger than {MAX_EXPORT_BYTES} bytes, no export of ours is; delete it")
+    return manifest, {name: (folder / name).read_bytes() for name in names}
 
 
 def read_manifest(folder: Path) -> Manifest:

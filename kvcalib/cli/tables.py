@@ -71,7 +71,7 @@ def print_checked(rows: list[Checked]) -> None:
 
 def print_manifest(manifest: Manifest) -> None:
     """An artifact: model, codes, calibration, and losses by layer."""
-    from kvcalib.stages.build import exact_share
+    from kvcalib.artifact.card import exact_share
 
     key, value = manifest.mean_bits
     grid = Table.grid(padding=(0, 2))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcalib import __version__
 from kvcalib.artifact import store
+from kvcalib.artifact.card import card
 from kvcalib.artifact.manifest import (
     Budget,
     LayerSpec,
@@ -135,45 +136,3 @@ def _calibration(info: CalibrationInfo, sampled: int) -> CalibrationRecord:
         nll=info.nll,
         fingerprint=info.fingerprint,
     )
-
-
-def exact_share(manifest: Manifest) -> str:
-    """The outliers of all layers in percent of a token's elements, `0.78 to 2.34` where layers differ."""
-    shares = []
-    for spec in (spec for layer in manifest.layers for spec in (layer.key, layer.value)):
-        groups = spec.kv_heads if spec.scope == "head" else 1
-        shares.append(100 * spec.outliers * groups / (spec.kv_heads * spec.head_dim))
-    low, high = (f"{share:.3g}" for share in (min(shares), max(shares)))
-    return low if low == high else f"{low} to {high}"
-
-
-def card(manifest: Manifest) -> str:
-    """The model card of an artifact, for readers and for the Hub."""
-    key, value = manifest.mean_bits
-    loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
-    asked = "" if manifest.budget is None else f" within {manifest.budget.asked:g} effective bits"
-    base = f"base_model: {manifest.model.name}\n" if "/" in manifest.model.name else ""
-    return f"""---
-tags:
-- kv-cache
-- quantization
-library_name: kvcalib
-{base}---
-
-# KV-cache quantizer for {manifest.model.name}
-
-Built by kvcalib {manifest.producer.version}{asked}. Keys {key:.2f} bit, values {value:.2f} bit (code width), format
-{manifest.fit.format}, {exact_share(manifest)} % outliers, {len(manifest.layers)} of
-{manifest.model.num_hidden_layers} layers. Calibrated on {manifest.calibration.tokens} tokens of
-{manifest.calibration.data!r} (NLL {manifest.calibration.nll:.4f} nats per token). Predicted loss: {loss:.5f} nats per
-token.
-
-```python
-import kvcalib
-
-kvcalib.attach(model, "this folder or repository")
-model.generate(...)
-```
-
-`manifest.json` says everything else; its format is specified in kvcalib's `docs/artifact.md`.
-"""
