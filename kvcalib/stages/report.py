@@ -224,7 +224,7 @@ def _footprint(subject: Subject, name: str, given: str | None) -> Footprint | No
     record = None if subject.run is None else subject.run.record("fisher")
     known = name if record is None else str(record["settings"].get("model", name))
     try:
-        return footprint(known)
+        return footprint(known, network=False)
     except KvcalibError:
         note(f"report: the config of {known!r} is not at hand, its weights are not counted; give it with --model")
         return None
