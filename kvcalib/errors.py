@@ -43,3 +43,7 @@ class FolderInUse(KvcalibError):
     """The output folder holds another run, another artifact or something that is not ours."""
 
     exit_code = 4
+
+
+class CacheBypassed(KvcalibError):
+    """A forward pass went by without the cache that is being measured: a fault of the program, not of its user."""

@@ -14,7 +14,7 @@ keys and one for all values, are `fit: {key_bits: 3, value_bits: 3}`, without `b
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,7 @@ from kvcalib.stages.fit_nuq import FitNuqSettings
 
 DEFAULT_BITS = 2.5
 UNIFORM = ("key_bits", "value_bits")
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Recipe(BaseModel):
@@ -154,6 +155,18 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         InputError: names the file, the field, the value found and what was expected.
     """
+    return read_settings(path, Recipe, "fields like 'model:' and 'out:'")
+
+
+def read_settings(path: Path, kind: type[Settings], expected: str) -> Settings:
+    """A YAML file as one `kind`.
+
+    Args:
+        expected: what a file that holds no fields should hold, for the message.
+
+    Raises:
+        InputError: names the file, the field, the value found and what was expected.
+    """
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,9 +175,9 @@ def read_recipe(path: Path) -> Recipe:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not valid YAML ({reason})") from None
     if not isinstance(body, dict):
-        raise InputError(f"{path}: holds {type(body).__name__}, expected fields like 'model:' and 'out:'")
+        raise InputError(f"{path}: holds {type(body).__name__}, expected {expected}")
     try:
-        return Recipe.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -174,5 +187,15 @@ def read_recipe(path: Path) -> Recipe:
                 lines.append(message)
                 continue
             shown = "" if problem["type"] == "missing" else f" is {problem['input']!r}"
+            if problem["type"] == "extra_forbidden":
+                message += f"; expected one of {', '.join(_fields(kind, problem['loc'][:-1]))}"
             lines.append(f"{where}{shown}: {message}")
         raise InputError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _fields(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """The fields of the model at `place` within `kind`."""
+    for part in place:
+        annotation: Any = kind.model_fields[str(part)].annotation
+        kind = next(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
+    return list(kind.model_fields)

@@ -39,6 +39,7 @@ COMMANDS = (
     "tiers",
     "build",
     "eval",
+    "sweep",
     "inspect",
     "verify",
     "validate",

@@ -7,8 +7,11 @@ import pytest
 from kvcalib.errors import InputError
 from kvcalib.recipe import Recipe, read_recipe
 from kvcalib.stages.allocate import AllocateSettings
+from kvcalib.stages.sweep_grid import read_grid
 
-PIPELINES = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[1] / "pipelines").glob("*.yaml"))
+GRIDS = [path for path in SHIPPED if "\ngrid:" in path.read_text()]
+PIPELINES = [path for path in SHIPPED if path not in GRIDS]
 
 
 def test_recipes_are_there():
@@ -20,6 +23,11 @@ def test_shipped_recipe_is_valid(path):
     recipe = read_recipe(path)
     assert recipe.evaluate is not None
     assert recipe.run_path != recipe.out
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_shipped_grid_is_valid(path):
+    assert len(read_grid(path).points) > 10
 
 
 def recipe_file(folder: Path, text: str) -> Path:

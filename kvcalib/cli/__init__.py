@@ -3,6 +3,7 @@
 from kvcalib.cli import evaluate as evaluate
 from kvcalib.cli import inspecting as inspecting
 from kvcalib.cli import report as report
+from kvcalib.cli import sweep as sweep
 from kvcalib.cli.commands import app
 
 __all__ = ["app"]

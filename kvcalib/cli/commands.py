@@ -368,15 +368,21 @@ def verify(artifact: Annotated[Path, typer.Argument(help="An artifact's folder."
 
 @app.command()
 def validate(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="PIPELINE.yaml")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or a sweep's grid (YAML).", metavar="PIPELINE.yaml")],
 ) -> None:
-    """Check a recipe without running it: every field, a local model's folder, a data file."""
+    """Check a recipe or a grid without running it: every field, a local model's folder, a data file."""
     with errors():
         quiet_libraries()
         from kvcalib.model.loading import resolve
         from kvcalib.model.text import SUFFIXES
         from kvcalib.recipe import read_recipe
+        from kvcalib.stages.sweep_grid import is_grid, read_grid
 
+        if is_grid(recipe):
+            grid = read_grid(recipe)
+            resolve(grid.model)
+            print(f"{recipe}: valid; model {grid.model}, {len(grid.points)} points ({grid.way})")
+            return
         checked = read_recipe(recipe)
         resolve(checked.model)
         for part, settings in (("fisher", checked.fisher), ("evaluate", checked.evaluate)):

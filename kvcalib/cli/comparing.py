@@ -36,6 +36,7 @@ def print_comparison(found: Comparison) -> None:
     print_recall([(row.name, row.recall) for row in measured if row.recall])
     print_greedy([(row.name, row.greedy) for row in measured if row.greedy])
     print_costs([row for row in measured if row.prefill_seconds is not None])
+    print_tasks([(row.name, row.tasks) for row in measured if row.tasks])
     exact_row = found.rows[0]
     baseline = (
         f"unquantized, its cache counted at 16 bits: {exact_row.fp16_cache_bytes / found.seq_len:.0f} bytes a token; "
@@ -114,6 +115,27 @@ def print_costs(rows: Sequence[Row]) -> None:
             *([] if not peak else ["" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}"]),
         )  # fmt: skip
     out_console.print(table)
+
+
+def print_tasks(rows: Sequence[tuple[str, dict[str, float]]]) -> None:
+    """One line per task and metric, one column per contender."""
+    if not rows:
+        return
+    table = _table("lm-eval tasks", *(name for name, _ in rows))
+    for metric in dict.fromkeys(metric for _, found in rows for metric in found):
+        if "_stderr" not in metric:
+            task, _, name = metric.rpartition("/")
+            error = f"{task}/{name.replace(',', '_stderr,') if ',' in name else name + '_stderr'}"
+            table.add_row(metric, *(_with_error(found, metric, error) for _, found in rows))
+    out_console.print(table)
+
+
+def _with_error(found: dict[str, float], metric: str, error: str) -> str:
+    """`0.7500 ± 0.0500`, without the part behind where no standard error is known."""
+    if metric not in found:
+        return ""
+    known = math.isfinite(found.get(error, math.nan))
+    return f"{found[metric]:.4f}" + (f" ± {found[error]:.4f}" if known else "")
 
 
 def with_interval(found: Interval, times: float = 1.0, signed: bool = False) -> str:

@@ -78,6 +78,15 @@ def evaluate(
         str | None,
         typer.Option(help="What recall plants: random (tokens), text, or auto: random if the model can copy."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME,...", help="Tasks of lm-evaluation-harness too; needs kvcalib[eval]."),
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: examples of each.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: folder of further tasks (YAML), as of local data.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="With --tasks: examples in the prompt.")] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Tokens that stay: below 1 a share of those seen, else a number. Scores continuations."),
@@ -130,6 +139,7 @@ def evaluate(
         chosen: dict[str, Any] = {"run": run, "trials": trials, "passage": passage, "greedy": greedy}
         chosen |= {"recall": recall or None, "costs": costs or None}
         chosen = {option: value for option, value in chosen.items() if value is not None}
+        harness = _task_settings(tasks, task, limit=task_limit, include_path=include_path, fewshot=fewshot)
         _check_together(task, compare, set(chosen))
         if not artifact and compare is None:
             raise InputError("no ARTIFACT is given; name one, or baselines with --compare")
@@ -137,9 +147,9 @@ def evaluate(
             raise InputError("--model is missing: without an ARTIFACT nothing else names the model; give --model")
         loaded = [load(a) for a in artifact or ()]
         name = model or loaded[0].manifest.model.name
-        if compare is not None or task in comparing.TASKS:
+        if compare is not None or harness is not None or task in comparing.TASKS:
             specs = tuple(part.strip() for part in (compare or "").split(",") if part.strip())
-            options = make_settings(comparing.CompareSettings, specs=specs, **chosen)
+            options = make_settings(comparing.CompareSettings, specs=specs, tasks=harness, **chosen)
             if task in comparing.TASKS:
                 print_task(comparing.run_task(task, loaded, name, settings, options, json))
             else:
@@ -152,6 +162,24 @@ def evaluate(
             print_passkeys(stage.run_passkey(*given))
         else:
             print_evaluations(stage.run(*given))
+
+
+def _task_settings(names: str | None, task: str, **chosen: Any) -> Any:
+    """What `--tasks` and its options say, None without it."""
+    from kvcalib.stages.tasks import TaskSettings
+
+    given = [option for option, value in chosen.items() if value is not None]
+    if names is None:
+        if given:
+            option = {"limit": "task-limit"}.get(given[0], given[0].replace("_", "-"))
+            raise InputError(f"--{option} is for tasks of lm-eval; give --tasks as well, such as --tasks hellaswag")
+        return None
+    if task != "text":
+        raise InputError(f"--tasks and --task {task} exclude each other; measure one after the other")
+    listed = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not listed:
+        raise InputError(f"--tasks is {names!r}, expected names with commas between them, as hellaswag,arc_easy")
+    return make_settings(TaskSettings, names=listed, **chosen)
 
 
 def _check_together(task: str, compare: str | None, chosen: set[str]) -> None:

@@ -56,6 +56,11 @@ class Panel:
     width: int = 360
     height: int = 300
     _series: list[tuple[Sequence[Point], Colour, str, bool, bool]] = field(default_factory=list)
+    _names: list[tuple[Point, str]] = field(default_factory=list)
+
+    def name(self, point: Point, text: str) -> None:
+        """Write `text` beside a point: right and above it, or where there is room."""
+        self._names.append((point, text))
 
     def add(
         self, points: Sequence[Point], colour: Colour, name: str = "", line: bool = True, dots: bool = True
@@ -100,6 +105,10 @@ class Panel:
                 size = 3 if len(places) <= 40 else 2
                 size = 6 if not line else size
                 out += [f'<circle class="{colour}-dot" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>' for x, y in places]
+        for (x, y), said in self._names:
+            left_of = px(x) + 8 + 6.6 * len(said) > self.width - RIGHT
+            below = 14 if py(y) < TOP + 12 else -6
+            out.append(text(px(x) + (-8 if left_of else 8), py(y) + below, said, "dim", "end" if left_of else "start"))
         out.append(self._legend())
         return "".join([*out, "</g>"])
 

@@ -38,6 +38,7 @@ from kvcalib.stages import calibrated
 from kvcalib.stages.evaluate import EvalSettings, check_budgets, check_json, loaded_artifacts, loaded_model
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.progress import note, progress
+from kvcalib.stages.tasks import Harness, TaskSettings
 
 Task = Literal["recall", "greedy"]
 TASKS: tuple[Task, ...] = ("recall", "greedy")
@@ -57,6 +58,7 @@ class CompareSettings(BaseModel):
     passage: Literal["auto", "random", "text"] = Field(default="auto", description="What verbatim recall plants.")
     greedy: int | None = Field(default=None, ge=1, description="Tokens to generate, at most.")
     costs: bool = False
+    tasks: TaskSettings | None = Field(default=None, description="Of lm-evaluation-harness.")
 
 
 @dataclass
@@ -93,6 +95,7 @@ def run(
         ArtifactMismatch: an artifact was built for another model.
     """
     _check_one_pass(settings)
+    harness = None if options.tasks is None else Harness(options.tasks, model_name, settings.seq_len)
     here = _prepare(artifacts, model_name, settings, options, json_path, model)
     if options.costs and settings.seq_len < SHORTEST:
         raise InputError(f"--costs needs sequences of at least {SHORTEST} tokens, --seq-len is {settings.seq_len}")
@@ -116,6 +119,11 @@ def run(
     if options.costs:
         for name, each in _costs(here).items():
             extras[name] |= vars(each)
+    if harness is not None:
+        here.protocols["tasks"] = harness.protocol
+        with progress("tasks", len(here.failures.standing(here.contenders)), "contenders") as show:
+            given = (here.model, here.tokenizer, here.contenders, here.failures, here.batch_size, show)
+            _merge(extras, "tasks", harness.run(*given))
     late = [f"{name}: not measured further: {why}" for name, why in here.failures.items() if name not in told]
     result = found.model_copy(
         update={

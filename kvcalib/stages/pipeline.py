@@ -10,8 +10,9 @@ from kvcalib.evaluation.perplexity import Evaluation
 from kvcalib.model.loading import BUILTIN, load_model
 from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
-from kvcalib.stages import allocate, build, evaluate, fisher, fit_nuq, friendliness, report
+from kvcalib.stages import allocate, build, compare, evaluate, fisher, fit_nuq, friendliness, report
 from kvcalib.stages.allocate import AllocateSettings
+from kvcalib.stages.compare import CompareSettings
 from kvcalib.stages.dial import budget_of, check_budget
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings
@@ -19,6 +20,13 @@ from kvcalib.stages.measure import MeasureSettings
 
 DEMO_BITS = (6.0, 4.0, 3.0, DEFAULT_BITS)
 """Effective bits of the demo's artifacts; the last one's widths stay in its run."""
+DEMO_AGAINST = (
+    "kvquant-published:bits=3", "kvquant-published:bits=2", "turboquant:bits=4", "turboquant:bits=3",
+    "turboquant:bits=2", "kivi:bits=3:residual=0", "kivi:bits=2:residual=0", "nf:bits=4", "nf:bits=3", "int:bits=4",
+    "int:bits=3",
+)  # fmt: skip
+"""What the demo's report sets them beside."""
+COMPARISON = "compare.json"
 
 
 @dataclass
@@ -49,10 +57,16 @@ def demo(out: Path) -> Outcome:
     artifacts: dict[Path, AllocateSettings | None] = {
         out / f"nuq{bits:g}": AllocateSettings(budget=bits) for bits in DEMO_BITS
     }
-    return _run(recipe, artifacts, out / "report.html", overwrite=True)
+    return _run(recipe, artifacts, out / "report.html", overwrite=True, against=DEMO_AGAINST)
 
 
-def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], page: Path, overwrite: bool) -> Outcome:
+def _run(
+    recipe: Recipe,
+    artifacts: dict[Path, AllocateSettings | None],
+    page: Path,
+    overwrite: bool,
+    against: tuple[str, ...] = (),
+) -> Outcome:
     RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
@@ -78,6 +92,12 @@ def _run(recipe: Recipe, artifacts: dict[Path, AllocateSettings | None], page: P
             # The same file or data set: what calibrated must not also judge.
             chosen = chosen.model_copy(update={"skip": -(-settings.samples * settings.seq_len // chosen.seq_len)})
         measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model)
+    comparisons = []
+    if against and recipe.evaluate is not None:
+        few = recipe.evaluate.model_copy(update={"samples": 8})
+        comparisons = [run_dir.file(COMPARISON)]
+        beside = CompareSettings(specs=against, run=run_dir.path)
+        compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model)
     *others, last = artifacts
-    report.write(report.Subject(run_dir, last, others), page)
+    report.write(report.Subject(run_dir, last, others), page, comparisons)
     return Outcome(list(artifacts), measured, run_dir.path, page, time.monotonic() - began)

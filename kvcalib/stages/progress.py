@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+_drawn = True
+
+
+def bars(drawn: bool) -> None:
+    """Whether `progress` draws: the bars of several processes would tear each other."""
+    global _drawn
+    _drawn = drawn
 
 
 @contextlib.contextmanager
@@ -23,7 +30,7 @@ def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int], None
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not _drawn) as bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -61,7 +61,7 @@ def contender(name, model, spec=None):
     spec = SPECS[name] if spec is None else spec
     if name not in CALIBRATES:
         return find(spec)
-    shape = (model.config.model_type, model.config.hidden_size)
+    shape = (model.config.model_type, model.config.hidden_size, model.config.num_hidden_layers)
     if shape not in _SAMPLES:
         _SAMPLES[shape] = sample_of(calibrate(model, samples=2, seq_len=32, keep=64), "the test")
     return find(spec, _SAMPLES[shape])

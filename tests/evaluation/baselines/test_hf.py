@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache
@@ -11,6 +15,7 @@ from tests.tiny import tiny_llama, tokens
 pytest.importorskip("hqq", reason="the extra [bench] is not installed")
 pytest.importorskip("optimum.quanto", reason="the extra [bench] is not installed")
 PLACE = Place(0, 2, 16)
+ROOT = Path(__file__).parents[3]
 BACKENDS = ("hqq", "quanto")
 
 
@@ -107,6 +112,21 @@ def test_rows_of_a_batch_are_selected_and_crops_are_refused(backend):
 def test_settings_that_are_refused(spec, message):
     with pytest.raises(InputError, match=message):
         find(spec).layer(PLACE)
+
+
+def test_a_machine_that_cannot_compile_quanto_is_told_so():
+    """Neither a compiler nor a cached build: another process, whose quanto finds none."""
+    code = (
+        "import torch, optimum.quanto.library.extensions.cpp as cpp\n"
+        "from kvcalib.evaluation.baselines import find\n"
+        "from kvcalib.evaluation.baselines.baseline import Place\n"
+        "def load(*args, **kwargs): raise RuntimeError('no g++ here')\n"
+        "import torch.utils.cpp_extension as made; made.load = load\n"
+        "import optimum.quanto.library.extensions.extension as e; e.load = load\n"
+        "find('hf-quanto').layer(Place(0, 2, 64))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "compiles its CPU code on first use, which failed: no g++ here; install a C++ compiler" in done.stderr
 
 
 @pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum-quanto")])
