@@ -245,7 +245,7 @@ def test_a_sweep_is_read_and_what_failed_left_out(tmp_path):
                 machine="",
                 device="",
                 created="",
-            )  # fmt: skip
+            )
         )
     assert [(p.name, p.bits, p.kld) for p in report.read_sweep(store.path)] == [("na", 2.0, 0.5), ("nc", 3.0, 1 / 3)]
     store.path.write_text('{"name": 1}\n{"name": 2}\n')
