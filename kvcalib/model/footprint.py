@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcalib.errors import InputError
@@ -28,14 +30,20 @@ class Footprint:
     layers: dict[int, tuple[int, int, int | None]]
 
 
-def footprint(name: str) -> Footprint:
-    """The size of the causal LM `name`: a folder, `builtin`, or a Hub id whose config is at hand.
+def footprint(name: str, network: bool = True) -> Footprint:
+    """The size of the causal LM `name`: a folder, `builtin`, or a Hub id.
+
+    Args:
+        network: whether the Hub may be asked for the config; if not, only one that is on this machine is read.
 
     Raises:
         InputError: there is no config that transformers knows.
     """
     try:
-        config: Any = AutoConfig.from_pretrained(resolve(name))
+        where = resolve(name)
+        if not network and not Path(where).is_dir():
+            where = _cached(where)
+        config: Any = AutoConfig.from_pretrained(where)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except InputError:
@@ -52,3 +60,11 @@ def footprint(name: str) -> Footprint:
         context=longest if isinstance(longest, int) else None,
         layers={index: (heads, head_dim, window) for index, window in attention_layers(model).items()},
     )
+
+
+def _cached(name: str) -> str:
+    """The folder in which the Hub's cache on this machine has the config of `name`."""
+    found = try_to_load_from_cache(name, "config.json")
+    if not isinstance(found, str):
+        raise InputError(f"model {name!r}: its config is not on this machine; give the model's folder with --model")
+    return str(Path(found).parent)

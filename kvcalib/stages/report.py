@@ -6,7 +6,6 @@ an artifact, its run is looked for beside it. Both belong together if they name 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import load
 from kvcalib.stages import report_data as data
 from kvcalib.stages.progress import note
+from kvcalib.stages.sweep_store import Store
 
 EVALUATIONS = "eval.json"
 
@@ -159,28 +159,15 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def read_sweep(path: Path) -> list[SweepPoint]:
-    """The measured points of a sweep; a torn last line is passed over."""
+    """The measured points of a sweep; those that failed are left out.
+
+    Raises:
+        InputError: there is no such file. CorruptFile: it holds something else.
+    """
     if not path.is_file():
         raise InputError(f"{path}: not found; give the JSONL file that kvcalib sweep wrote")
-    found: dict[str, SweepPoint] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            measures = record["measures"]
-            if measures is not None:
-                figures = (float(measures[name]) for name in ("effective_bits", "kld", "delta_nll"))
-                found[str(record["key"])] = SweepPoint(str(record["name"]), *figures)
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise CorruptFile(
-                f"{path}: line {number} is no result of a sweep ({type(error).__name__}: {error}); give the JSONL file "
-                "that kvcalib sweep wrote"
-            ) from None
-    return list(found.values())
+    found = ((record.name, record.measures) for record in Store(path).read().values())
+    return [SweepPoint(name, m.effective_bits, m.kld, m.delta_nll) for name, m in found if m is not None]
 
 
 def _own_measures(subject: Subject) -> list[Measurement]:
@@ -224,7 +211,7 @@ def _footprint(subject: Subject, name: str, given: str | None) -> Footprint | No
     record = None if subject.run is None else subject.run.record("fisher")
     known = name if record is None else str(record["settings"].get("model", name))
     try:
-        return footprint(known)
+        return footprint(known, network=False)
     except KvcalibError:
         note(f"report: the config of {known!r} is not at hand, its weights are not counted; give it with --model")
         return None

@@ -27,6 +27,15 @@ def test_heads_without_grouping(tmp_path):
     assert footprint(str(tmp_path)).layers[0] == (4, 16, None)
 
 
+def test_the_hub_is_asked_only_where_it_may_be(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *rest, **more: asked.append(host) or [])
+    with pytest.raises(InputError, match="not on this machine"):
+        footprint("nobody/has-this-model", network=False)
+    assert asked == []
+
+
 def test_what_is_no_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for name in (str(tmp_path), str(tmp_path / "none")):

@@ -18,6 +18,7 @@ from kvcalib.report.data import Report
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import attach, detach, load
 from kvcalib.stages import build, report, report_data
+from kvcalib.stages.sweep_store import Measures, Record, Store, Subject
 from tests.tiny import make_run, tiny_llama, tokens
 
 
@@ -223,17 +224,33 @@ def test_a_run_without_an_artifact_has_one(tmp_path):
     assert "no artifact has been built" in text
 
 
-def test_a_sweep_is_read_and_its_torn_last_line_passed_over(tmp_path):
-    def line(key, bits, status="done"):
-        measures = {"effective_bits": bits, "kld": 1 / bits, "delta_nll": 0.1, "more": 1} if status == "done" else None
-        return json.dumps({"key": key, "name": f"n{key}", "status": status, "measures": measures})
-
-    path = tmp_path / "s.jsonl"
-    path.write_text("\n".join([line("a", 2.0), line("b", 3.0, "failed"), line("a", 4.0), line("c", 3.0), '{"key": "d']))
-    assert [(p.name, p.bits, p.kld) for p in report.read_sweep(path)] == [("na", 4.0, 0.25), ("nc", 3.0, 1 / 3)]
-    path.write_text('{"name": 1}\n' + line("a", 2.0) + "\n")
-    with pytest.raises(CorruptFile, match="line 1 is no result"):
-        report.read_sweep(path)
+def test_a_sweep_is_read_and_what_failed_left_out(tmp_path):
+    store = Store(tmp_path / "s.jsonl")
+    for key, bits in (("a", 2.0), ("b", None), ("c", 3.0)):
+        measures = None if bits is None else Measures(
+            effective_bits=bits, cache_bytes=1, fp16_cache_bytes=8, tokens=9, nll=2, fp16_nll=1, delta_nll=0.1,
+            kld=1 / bits, top1_agreement=0.9,
+        )  # fmt: skip
+        store.append(
+            Record(
+                key=key,
+                name=f"n{key}",
+                status="failed" if bits is None else "done",
+                settings={},
+                subject=Subject(weights_sha256="", text_sha256="", dtype="float32"),
+                measures=measures,
+                seconds={},
+                runs={},
+                memory=0,
+                machine="",
+                device="",
+                created="",
+            )
+        )
+    assert [(p.name, p.bits, p.kld) for p in report.read_sweep(store.path)] == [("na", 2.0, 0.5), ("nc", 3.0, 1 / 3)]
+    store.path.write_text('{"name": 1}\n{"name": 2}\n')
+    with pytest.raises(CorruptFile, match="line 1"):
+        report.read_sweep(store.path)
     with pytest.raises(InputError, match="not found"):
         report.read_sweep(tmp_path / "none.jsonl")
 
