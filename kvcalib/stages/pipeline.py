@@ -94,7 +94,7 @@ def _run(
         measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model)
     comparisons = []
     if against and recipe.evaluate is not None:
-        few = recipe.evaluate.model_copy(update={"samples": 8})
+        few = recipe.evaluate.model_copy(update={"samples": 12})
         comparisons = [run_dir.file(COMPARISON)]
         beside = CompareSettings(specs=against, run=run_dir.path)
         compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcalib.evaluation.baselines.baseline import two_bytes
 from kvcalib.quant.quantizer import saturate
 from kvcalib.runtime.layers import TapLayer
-from kvcalib.runtime.storage import Rows
+from kvcalib.runtime.storage import MIN_ROOM, Rows
 
 WINDOW_ROOM = 8
 
@@ -53,7 +53,8 @@ class Track:
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
-        self.packed = Rows()
+        # Spare room is the same number of tokens whatever a block is.
+        self.packed = Rows(min_room=max(1, MIN_ROOM // self.codec.block))
         self.window = Rows(min_room=WINDOW_ROOM)
 
     @property

@@ -10,7 +10,7 @@ from kvcalib.report.page import Figure, Key, Missing, Section
 from kvcalib.report.svg import ticks
 from kvcalib.report.words import interval, short
 
-COLOURS = ("second", "mark", "c4", "c5", "c6", "c7", "c8")
+COLOURS = ("second", "mark", "c4", "c5", "c6", "c7", "c8", "c9")
 WIDEST = 12.0
 """Effective bits beyond which a contender is not drawn: the unquantized cache has 16."""
 
