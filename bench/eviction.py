@@ -99,7 +99,7 @@ def quality(model, name, artifact, sequences, budgets, batch_size, policies=POLI
     trials = [Trial(artifact, eviction) for _, _, eviction in wanted]
     for policy in policies:
         memo: dict = {}
-        trials += [Shared(artifact, Eviction(keep, policy=policy), memo) for keep in budgets]
+        trials += [Shared(artifact, Eviction(keep, policy=policy), memo=memo) for keep in budgets]
         wanted += [(policy, keep, None) for keep in budgets]
     found = evaluate_continuations(
         model, trials, sequences, batch_size=batch_size, step=STEP,

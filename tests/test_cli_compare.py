@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvcalib.calibration.statistics import Calibration
+from kvcalib.cli import comparing
 from kvcalib.cli.comparing import folded, rounded, with_interval
 from kvcalib.demo import MODEL_DIR
 from kvcalib.errors import InputError
@@ -48,7 +49,23 @@ def measure(home, *arguments, artifacts=("nuq4", "nuq2")):
     return shown, json.loads(out.read_text())
 
 
-def test_artifacts_and_baselines_in_one_table(home):
+@pytest.fixture
+def wide(monkeypatch):
+    """A terminal as wide as a pipe is taken for."""
+    monkeypatch.setattr(comparing.out_console, "width", 120)
+
+
+def test_a_narrow_terminal_cuts_no_figure(home, monkeypatch):
+    monkeypatch.setattr(comparing.out_console, "width", 80)
+    shown, written = measure(home, *TEXT, "--compare", "kivi:bits=2:group=16:residual=16")
+    assert "…" not in shown
+    for row in Comparison.model_validate(written).rows[1:]:
+        for figure in (f"{row.effective_bits:.2f}", f"{row.ppl:.3f}", *with_interval(row.kld).split(" ", 1)):
+            assert figure in shown
+    assert "in a terminal of 112 columns, or with --json" in shown
+
+
+def test_artifacts_and_baselines_in_one_table(home, wide):
     shown, written = measure(home, *TEXT, "--compare", "fp16, int:bits=4,kivi:bits=2:group=16:residual=16")
     found = Comparison.model_validate(written)
     assert json.loads(found.model_dump_json()) == written
@@ -57,8 +74,8 @@ def test_artifacts_and_baselines_in_one_table(home):
     assert (integer.settings["bits"], kivi.settings["residual"]) == (4, 16)
     assert 0 == fp16.kld.value < four.kld.value < two.kld.value
     assert two.effective_bits < four.effective_bits < fp16.effective_bits == 16
-    assert "kivi:group=16: " in shown  # and below it
-    assert "residual=16" in shown
+    broken = "".join(line[:20].strip() for line in shown.splitlines())
+    assert "kivi:group=16:residual=16" in broken
     for row in found.rows[1:]:
         assert row.failed is None
         assert row.kld.low < row.kld.value < row.kld.high < row.kld_p99

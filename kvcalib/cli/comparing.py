@@ -16,22 +16,31 @@ if TYPE_CHECKING:
 
 MOST_DECIMALS = 5
 NAME_WIDTH = 18
+WIDE = 112
+"""Columns of a terminal from which on all of the main table has room; intervals then stand beside their values."""
 
 
 def print_comparison(found: Comparison) -> None:
     """Quality and size, then recall, greedy generations and costs where they were measured, and the protocol."""
-    table = _table("quality and size", "eff.\nbits", "PPL", "delta NLL", "KLD", "KLD\n99 %", "top-1 %")
+    wide = out_console.width >= WIDE
+    table = _table(
+        "quality and size", "eff.\nbits", "PPL", "delta NLL", "KLD", *(["KLD\n99 %", "top-1 %"] if wide else [])
+    )
     for row in found.rows:
         if row.failed is not None:
             table.add_row(folded(row.name), "not measured")
             continue
         exact = row is found.rows[0]
-        table.add_row(
-            folded(row.name), f"{row.effective_bits:.2f}", f"{row.ppl:.3f}",
+        cells = [
             "" if exact else with_interval(row.delta_nll, signed=True), "0" if exact else with_interval(row.kld),
             "0" if exact else rounded(row.kld_p99), "" if exact else with_interval(row.top1_agreement, 100),
-        )  # fmt: skip
+        ]  # fmt: skip
+        if not wide:
+            cells = [cell.replace(" [", "\n[") for cell in cells[:2]]
+        table.add_row(folded(row.name), f"{row.effective_bits:.2f}", f"{row.ppl:.3f}", *cells)
     out_console.print(table)
+    if not wide:
+        _say(f"KLD's 99 % quantile and top-1 agreement: in a terminal of {WIDE} columns, or with --json")
     measured = [row for row in found.rows if row.failed is None]
     print_recall([(row.name, row.recall) for row in measured if row.recall])
     print_greedy([(row.name, row.greedy) for row in measured if row.greedy])

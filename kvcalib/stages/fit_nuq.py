@@ -166,8 +166,14 @@ class Codebooks:
 
     @classmethod
     def load(cls, run_dir: RunDir) -> Codebooks:
-        """The codebooks of a run; InputError if there are none, or none of the present calibration."""
-        if run_dir.settings("fit-nuq")["calibration"] != fingerprint(run_dir.settings("fisher")):
+        """The codebooks of a run; InputError if there are none, or not of the present calibration and version."""
+        recorded = run_dir.settings("fit-nuq")
+        if recorded.get("stage_version") != STAGE_VERSION:
+            raise InputError(
+                f"{run_dir.path}: fit-nuq is of stage version {recorded.get('stage_version')}, expected "
+                f"{STAGE_VERSION}; run `kvcalib fit-nuq` on this folder again"
+            )
+        if recorded["calibration"] != fingerprint(run_dir.settings("fisher")):
             raise InputError(
                 f"{run_dir.path}: its codebooks were fitted on another calibration than the one there now; "
                 "run `kvcalib fit-nuq` on this folder again"

@@ -40,6 +40,17 @@ def test_bits_alone_fit_nothing_anew_and_reach_the_artifact(tmp_path, capsys):
     assert manifest.mean_bits == (2, 5)
 
 
+def test_codebooks_of_another_version_are_not_used(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama())
+    record = run.settings("fit-nuq")
+    run.finish("fit-nuq", record | {"stage_version": fit_nuq.STAGE_VERSION - 1}, ["codebooks.safetensors"])
+    with pytest.raises(
+        InputError, match=f"stage version {fit_nuq.STAGE_VERSION - 1}, expected {fit_nuq.STAGE_VERSION}"
+    ):
+        build.run(run, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
 def test_codebooks_of_another_calibration_are_not_used(tmp_path):
     run = make_run(tmp_path / "run", tiny_llama())
     calibrate(tiny_llama(), seed=1).save(run.file(CALIBRATION))
