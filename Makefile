@@ -41,7 +41,8 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels bench-allocation bench-eviction allocate report report-screenshots clean
+	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality allocate report report-screenshots \
+	clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -102,6 +103,11 @@ bench-kernels: $(DEV)  ## compile every Triton kernel for sm_80 and sm_90; regis
 bench-allocation: $(RUNTIME)  ## where bits go: allocators, uniform splits, random plans (most of an hour)
 	$(BIN)/python bench/allocation.py $(ARGS)
 
+bench-quality: $(DEV)  ## every method at equal bytes, and the README's table and plots: [MODEL= DATA= ARGS="--eval-data ..."]
+	$(BIN)/python -m pip install -c constraints.txt -e ".[bench]"
+	$(BIN)/python bench/quality.py $(call opt,--model,MODEL) $(call opt,--data,DATA) $(ARGS)
+	$(BIN)/python bench/quality.py --readme
+
 bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time, a stream without end
 	$(BIN)/python bench/eviction.py $(ARGS)
 
@@ -144,4 +150,4 @@ $(DEV): $(RUNTIME)
 
 # Commands make temporary files even when nothing is installed anew.
 demo test lint calibrate fisher fit-nuq friendliness allocate build eval report bench-kmeans bench-fisher \
-	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction: | .cache/tmp
+	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality: | .cache/tmp

@@ -80,7 +80,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="NAME,NAME,...", help="Tasks of lm-evaluation-harness too; needs kvcalib[eval]."),
+        typer.Option(metavar="NAME,NAME,...", help="Tasks of lm-evaluation-harness too; needs the extra eval."),
     ] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: examples of each.")] = None,
     include_path: Annotated[

@@ -80,8 +80,8 @@ class TransformersCache(Export):
             f'model.generate(..., cache_implementation="quantized", cache_config=json.load(open("{self.names[0]}"))) '
             f"(needs the package {'hqq' if self.backend == 'hqq' else 'optimum-quanto'})",
             f"{config['nbits']} bit codes, {bits:g} bits an element with scales, stand for a mean code width of "
-            f"{mean_width(facts):.2f}; lost are the fitted codebooks, the widths by channel, the exact outliers and "
-            "sinks, and keys before RoPE: expect a larger loss, and measure it",
+            f"{mean_width(facts):.2f}; lost are the fitted codebooks, the widths by channel, exact outliers and "
+            "sinks where there are any, and keys before RoPE: expect a larger loss, and measure it",
         ]
 
 

@@ -2,7 +2,7 @@
 
     contender = find("kivi:bits=2:group=32:residual=128")
 
-A new one subclasses `Baseline` in a file of its own and is named in `BASELINES`; docs/baselines.md has the steps.
+A new one subclasses `Baseline` in a file of its own and is named in `KINDS`; docs/baselines.md has the steps.
 """
 
 from __future__ import annotations
