@@ -52,9 +52,13 @@ def check_same(case, mode, eviction, **exact):
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("policy", ["h2o", "qhitter"])
-def test_mode_gives_the_tokens_of_the_simulation(case, policy, mode):
-    check_same(case(), mode, settings(policy))
+def test_mode_gives_the_tokens_of_the_simulation(case, mode):
+    check_same(case(), mode, settings("qhitter"))
+
+
+@pytest.mark.parametrize("mode", SOME)
+def test_attention_alone(case, mode):
+    check_same(case(), MODES[mode], settings("h2o"))
 
 
 @pytest.mark.parametrize("mode", SOME)
