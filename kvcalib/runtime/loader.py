@@ -271,11 +271,7 @@ class _PackedAttention:
         """Attention over everything that the layer shows."""
         cache, tap = call.tap.cache, call.tap
         layer = cache.layers[tap.layer]
-        new = call.query.shape[2]
-        if tap.rotary is not None:
-            current = tap.rotary.position_ids
-        else:
-            current = torch.arange(layer.seen - new, layer.seen, device=call.query.device)[None]
+        new, current = call.query.shape[2], new_positions(call, layer)
         if isinstance(layer, EvictingLayer):
             return layer.attend(call, current, self.exact_prefill), None
         count = layer.visible(new)
@@ -292,6 +288,13 @@ class _PackedAttention:
                 return call.plain(call.rotate_new(call.query), call.rotate_new(call.key), call.value)
             return attend_packed(call, with_exact(layer.view(count, positions), call.key, call.value)), None
         return attend_packed(call, layer.view(count, positions)), None
+
+
+def new_positions(call: Call, layer: TapLayer) -> Tensor:
+    """Positions `[B or 1, Q]` of the tokens that came, which `layer` has counted; in order where nothing is rotated."""
+    if call.tap.rotary is not None:
+        return call.tap.rotary.position_ids
+    return torch.arange(layer.seen - call.query.shape[2], layer.seen, device=call.query.device)[None]
 
 
 def valid_tokens(mask: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from kvcalib.evaluation.trials import Session
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
 from kvcalib.runtime.cache import PackedCache
 from kvcalib.runtime.layers import TapLayer
-from kvcalib.runtime.loader import prove, valid_tokens
+from kvcalib.runtime.loader import new_positions, prove, valid_tokens
 
 
 @runtime_checkable
@@ -49,11 +49,7 @@ class Reader:
         """Attention over everything that the layer shows."""
         cache, tap = call.tap.cache, call.tap
         layer = cache.layers[tap.layer]
-        new = call.query.shape[2]
-        if tap.rotary is not None:
-            current = tap.rotary.position_ids
-        else:
-            current = torch.arange(layer.seen - new, layer.seen, device=call.query.device)[None]
+        current = new_positions(call, layer)
         if isinstance(layer, Attends):
             return layer.attend(call, current), None
         # What `update` returned: all keys as stored, un-rotated, and all values.
