@@ -11,6 +11,8 @@ class KvcalibError(Exception):
     """Base of every error that is meant to be read by a user."""
 
     exit_code = 1
+    shared = False
+    """Whether the first process of a launch says it, so that the others need not."""
 
 
 class InputError(KvcalibError):
@@ -43,6 +45,12 @@ class FolderInUse(KvcalibError):
     """The output folder holds another run, another artifact or something that is not ours."""
 
     exit_code = 4
+
+
+class ProcessLost(KvcalibError):
+    """A process of this launch has ended before its work was done."""
+
+    exit_code = 1
 
 
 class CacheBypassed(KvcalibError):

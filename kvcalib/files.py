@@ -30,12 +30,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         InputError: the folder cannot be written or the disk is full; what was at `path` is untouched.
     """
-    with _replacing(path, len(content)) as temporary, open(temporary, "wb") as file:
+    with replacing(path, len(content)) as temporary, open(temporary, "wb") as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, size: int) -> Iterator[Path]:
+def replacing(path: Path, size: int) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed to `path` if all goes well, else removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,6 +53,13 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise write_error(path, error, size) from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in `folder`; nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_error(path: Path, error: OSError, size: int | None = None) -> InputError:
@@ -82,7 +89,9 @@ def read_json(path: Path) -> Any:
 
 def encode_tensors(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
     """A safetensors file with `metadata` as its one key; the same content gives the same bytes."""
-    return save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=_note(metadata))
+    return save(
+        {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=tensors_note(metadata)
+    )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
@@ -92,11 +101,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = Non
         InputError: as `write_bytes`.
     """
     ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    with _replacing(path, sum(t.nbytes for t in ready.values())) as temporary:
-        save_file(ready, temporary, metadata=_note(metadata))
+    with replacing(path, sum(t.nbytes for t in ready.values())) as temporary:
+        save_file(ready, temporary, metadata=tensors_note(metadata))
 
 
-def _note(metadata: Any) -> dict[str, str]:
+def tensors_note(metadata: Any) -> dict[str, str]:
+    """The metadata of a safetensors file of ours."""
     return {METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
 
 

@@ -9,6 +9,7 @@
     allocation.svg              its plot
     kl.jsonl                    measurements of `kvcalib allocate --method kl`, one a line
     stages/NAME.json            the settings and inputs a stage ran with, and the hash of what it wrote
+    parts/NAME/                 what a stage has done so far, and the settings it is for; gone when it is finished
 
 A stage whose recorded settings are the same is up to date and skipped.
 """
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
-from kvcalib.files import hash_file, read_json, write_error, write_json
+from kvcalib.files import hash_file, read_json, remove_leftovers, write_error, write_json
 from kvcalib.model.identity import hash_json
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
@@ -74,20 +77,70 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process may write; FolderInUse for the second."""
-        try:
-            handle = open(self.path / ".lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise write_error(self.path / ".lock", error) from error
-        with handle:
+        """Only one process, or launch, may write; FolderInUse for the second.
+
+        What a killed process was writing is removed: whoever holds the lock is alone.
+        """
+        path = self.path / ".lock"
+        while True:
+            try:
+                handle = open(path, "w")  # noqa: SIM115
+            except OSError as error:
+                raise write_error(path, error) from error
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                handle.close()
                 raise FolderInUse(f"{self.path}: another kvcalib process is working in this run; wait for it") from None
+            # Whoever held it before may have removed the file that was locked here: then it keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                break
+            handle.close()
+        with handle:
+            remove_leftovers(self.path)
+            remove_leftovers(self.path / "stages")
             try:
                 yield
             finally:
-                (self.path / ".lock").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+
+    def parts(self, stage: str, settings: dict[str, Any], discard: bool = False) -> Path:
+        """The folder in which `stage` keeps what it has done so far with `settings`, made if there is none.
+
+        Args:
+            discard: what was done with other settings is removed, not refused.
+
+        Raises:
+            FolderInUse: it was left by a run with other settings; names the first that differs.
+        """
+        folder = self.path / "parts" / stage
+        marker = folder / "settings.json"
+        try:
+            found = read_json(marker) if marker.is_file() else None
+        except CorruptFile:
+            found = None
+        if found is not None and found != settings and not discard:
+            raise FolderInUse(
+                f"{self.path}: holds an unfinished run: {stage} was started with {difference(found, settings)}; start "
+                "it with the same settings to go on, choose another folder, or pass --overwrite to begin anew"
+            )
+        if found != settings:
+            self.drop_parts(stage)
+            write_json(marker, settings)
+        return folder
+
+    def drop_parts(self, stage: str) -> None:
+        """Remove what `stage` kept of its work in progress."""
+        folder = self.path / "parts" / stage
+        try:
+            (folder / "settings.json").unlink(missing_ok=True)  # first: without it the rest is nothing
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise write_error(folder, error) from error
+        with contextlib.suppress(OSError):  # other stages' parts are there
+            folder.parent.rmdir()
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What `stage` ran with, or None if it has not run."""
@@ -126,17 +179,21 @@ class RunDir:
         record = self.record(stage)
         if record is None or record["settings"] == settings:
             return
-        old = record["settings"]
-        name = next(k for k in sorted(set(old) | set(settings)) if old.get(k) != settings.get(k))
         raise FolderInUse(
-            f"{self.path}: holds another run: {stage} ran with {name}={old.get(name)!r}, now {settings.get(name)!r}; "
-            "choose another folder, or pass --overwrite"
+            f"{self.path}: holds another run: {stage} ran with {difference(record['settings'], settings)}; choose "
+            "another folder, or pass --overwrite"
         )
 
     def finish(self, stage: str, settings: dict[str, Any], outputs: list[str]) -> None:
         """Record that `stage` wrote `outputs` with `settings`."""
         digests = {name: hash_file(self.path / name) for name in outputs}
         write_json(self.path / "stages" / f"{stage}.json", {"settings": settings, "outputs": digests})
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first setting in which `new` differs from `old`, in words."""
+    name = next(k for k in sorted(set(old) | set(new)) if old.get(k) != new.get(k))
+    return f"{name}={old.get(name)!r}, now {new.get(name)!r}"
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

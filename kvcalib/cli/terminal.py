@@ -51,7 +51,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except KvcalibError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, _said_elsewhere(error))
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
@@ -60,8 +60,18 @@ def errors() -> Iterator[None]:
         raise typer.Exit(0) from None
 
 
-def _fail(message: str, code: int) -> None:
-    _print_error(message)
+def _said_elsewhere(error: KvcalibError) -> bool:
+    """Whether the first process of a launch has the same error and says it."""
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    from kvcalib import launch
+
+    return launch.launched_rank() > 0 and (error.shared or not launch.met())
+
+
+def _fail(message: str, code: int, said: bool = False) -> None:
+    if not said:
+        _print_error(message)
     raise typer.Exit(code) from None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kvcalib import launch
 from kvcalib.errors import FolderInUse, InputError, KvcalibError
 from kvcalib.evaluation.failures import reason
 from kvcalib.files import write_bytes, write_json
@@ -92,14 +93,9 @@ def run(
 
 
 def launched() -> Share:
-    """What `accelerate launch` says of this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return Share()
-    from accelerate import PartialState
-
-    # Without GPUs accelerate takes a launch for a single process unless it is told of the CPU.
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return Share(state.process_index, state.num_processes, str(state.device))
+    """What the launcher says of this process."""
+    found = launch.here()
+    return Share(found.rank, found.size, found.device)
 
 
 def work(grid: Grid, folder: SweepDir, share: Share, again: dict[str, str]) -> None:
@@ -165,7 +161,7 @@ def _settle(
         folder.store.append(made)
         attempts.unlink(missing_ok=True)
         measured = len(set(folder.store.read()) & set(map(grid.key, grid.points)))
-        note(f"sweep: {measured}/{total} {made.name}: {_said(made, grid.metric)}")
+        note(f"sweep: {measured}/{total} {made.name}: {_said(made, grid.metric)}", everyone=True)
     return True
 
 
