@@ -1,8 +1,9 @@
 """The processes of one launch: which of them this is, and how they meet.
 
 `accelerate launch -m kvcalib ...` (or torchrun) starts several processes of one command, on one machine or many. Each
-works on its own share. What one has to know of the others goes through `Launch`, as JSON over gloo, on GPUs too: results
-lie on disk or are small, so none of it needs NCCL. Without a launcher there is one process, and all of this is free.
+works on its own share. What one has to know of the others goes through `Launch`, as JSON over gloo, on GPUs too:
+results lie on disk or are small, so none of it needs NCCL. Without a launcher there is one process, and all of this is
+free.
 
     with launch.here().step("fisher"):        # an error of one process is raised in all of them
         ...
