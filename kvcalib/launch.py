@@ -114,14 +114,16 @@ class Launch:
         raise failed
 
     def in_turn(self, what: str, make: Callable[[], T]) -> T:
-        """`make()` by the first process, then by the others: for what the first creates and the others find."""
+        """`make()` by the first process, then by the others: for what the first creates and the others find.
+
+        On other machines, which may have a disk of their own, the first one there goes before its neighbours.
+        """
         made: list[T] = []
-        with self.step(what):
-            if self.first:
-                made.append(make())
-        with self.step(what):
-            if not self.first:
-                made.append(make())
+        turn = 0 if self.first else 1 if self.local_rank == 0 else 2
+        for now in range(3):
+            with self.step(what):
+                if now == turn:
+                    made.append(make())
         return made[0]
 
     def shares(self, folder: Path) -> bool:

@@ -29,7 +29,7 @@ from kvcalib.files import hash_file, read_json, remove_leftovers, write_error, w
 from kvcalib.model.identity import hash_json
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
-CALIBRATION, PARTIAL, CODEBOOKS = "calibration.safetensors", "calibration.partial.safetensors", "codebooks.safetensors"
+CALIBRATION, CODEBOOKS = "calibration.safetensors", "codebooks.safetensors"
 FRIENDLINESS, FRIENDLINESS_PLOT = "friendliness.json", "friendliness.svg"
 ALLOCATION = "allocation.safetensors"
 ALLOCATION_PLOT, KL_MEASURES = "allocation.svg", "kl.jsonl"

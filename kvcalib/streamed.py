@@ -6,14 +6,17 @@ library writes only from tensors that are all in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile
@@ -24,10 +27,19 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+GAP = 16 << 10
+"""Bytes between two rows that are rather read than skipped."""
+SPAN = 8 << 20
+"""About the bytes that are read at a time."""
 
 
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file of ours by name, each read from disk when it is asked for and not kept.
+
+    It is read, not mapped: mapped pages would count as this process's memory for as long as the file is open.
+
+    Attributes:
+        specs: type and shape of each.
 
     Raises:
         InputError, CorruptFile: as `read_tensors`.
@@ -36,22 +48,76 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         _, self.metadata = read_tensors(path, names=())
-        self._file: Any = safe_open(path, framework="pt").__enter__()
-        self._names = sorted(self._file.keys())
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        types = {name: dtype for dtype, name in DTYPES.items()}
+        size = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        self.specs: dict[str, Spec] = {}
+        self._start: dict[str, int] = {}
+        for name, of in sorted(json.loads(os.pread(self._file, size, 8)).items()):
+            if name == "__metadata__":
+                continue
+            if of["dtype"] not in types:
+                raise CorruptFile(f"{path}: tensor {name!r} is {of['dtype']}, expected one of {', '.join(types)}")
+            self.specs[name] = types[of["dtype"]], tuple(of["shape"])
+            self._start[name] = 8 + size + of["data_offsets"][0]
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            return self._file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CorruptFile(f"{self.path}: tensor {name!r} cannot be read ({error}); copy or make it again") from None
+        dtype, shape = self.specs[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        read_into(self._file, as_bytes(tensor), self._start[name], self.path)
+        return tensor
+
+    def gather(self, name: str, index: np.ndarray) -> Tensor:
+        """The rows `index [m]` of one tensor, `[m, ...]`."""
+        dtype, (_, *shape) = self.specs[name]
+        size = dtype.itemsize * math.prod(shape)
+        return gather_rows(self._file, self._start[name] + index * size, dtype, shape, self.path)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.specs)
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor, `[bytes]` uint8."""
+    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+
+
+def read_into(file: int, buffer: np.ndarray, offset: int, path: Path) -> None:
+    """Fill `buffer` from `offset` on; CorruptFile if the file ends before, or cannot be read."""
+    done = 0
+    while done < len(buffer):
+        try:
+            got = os.preadv(file, [buffer[done:].data], offset + done)
+        except OSError as error:
+            raise CorruptFile(f"{path}: cannot be read ({error.strerror}); copy or make it again") from None
+        if got == 0:
+            raise CorruptFile(f"{path}: ends after {offset + done} bytes, {len(buffer) - done} more are expected")
+        done += got
+
+
+def gather_rows(file: int, offsets: np.ndarray, dtype: torch.dtype, shape: Sequence[int], path: Path) -> Tensor:
+    """Rows of `shape` that lie at `offsets [m]`, in any order: `[m, *shape]`. Neighbours are read together."""
+    found = torch.empty((len(offsets), *shape), dtype=dtype)
+    size = dtype.itemsize * math.prod(shape)
+    if not found.numel():
+        return found
+    rows, order = as_bytes(found).reshape(-1, size), np.argsort(offsets, kind="stable")
+    places = offsets[order]
+    step = np.diff(places)
+    apart = (step % size != 0) | (step > size + GAP) | (places[1:] // SPAN != places[:-1] // SPAN)
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]):
+        first = int(places[start])
+        buffer = np.empty(int(places[stop - 1]) - first + size, np.uint8)
+        read_into(file, buffer, first, path)
+        rows[order[start:stop]] = buffer.reshape(-1, size)[(places[start:stop] - first) // size]
+    return found
 
 
 def stream_tensors(
@@ -82,8 +148,6 @@ def stream_tensors(
                 left -= piece.numel()
                 if piece.dtype != dtype or left < 0:
                     raise ValueError(f"{name}: a piece is {piece.dtype} {list(piece.shape)}, expected {dtype} {shape}")
-                flat = piece.detach().cpu().contiguous().reshape(-1)
-                if flat.numel():
-                    file.write(flat.view(torch.uint8).numpy().data)
+                file.write(as_bytes(piece.detach().cpu().contiguous()).data)
             if left:
                 raise ValueError(f"{name}: {left} elements are missing of {dtype} {shape}")

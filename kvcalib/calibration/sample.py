@@ -8,6 +8,7 @@ two files' union is cut out of the two samples.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,10 +41,39 @@ def bottom_k(hashes: np.ndarray, keep: int) -> np.ndarray:
     return first[:keep]
 
 
-def choose(sequences: np.ndarray, seed: int, keep: int) -> list[np.ndarray]:
-    """Kept positions of every sequence of `sequences [N, T]`: the bottom `keep` of all N*T tokens, ascending."""
-    positions = np.arange(sequences.shape[1])
-    hashes = np.stack([token_hash(seed, sequence_id(row), positions) for row in sequences])
-    kept = np.zeros(hashes.size, dtype=bool)
-    kept[bottom_k(hashes.ravel(), keep)] = True
-    return [np.flatnonzero(row) for row in kept.reshape(hashes.shape)]
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens of some sequences that are kept whole: k of them, in the order of sequences and positions.
+
+    Attributes:
+        ids: `[N]`, `sequence_id` of every sequence. row: `[k]`, the sequence's index. position: `[k]`. hash: `[k]`.
+    """
+
+    ids: np.ndarray
+    row: np.ndarray
+    position: np.ndarray
+    hash: np.ndarray
+
+    def within(self, start: int, stop: int) -> slice:
+        """Which of the k lie in the sequences `start..stop`."""
+        first, last = np.searchsorted(self.row, [start, stop])
+        return slice(int(first), int(last))
+
+
+def choose(sequences: np.ndarray, seed: int, keep: int, at_once: int = 1 << 18) -> Chosen:
+    """The bottom `keep` of all tokens of `sequences [N, T]`, holding the hashes of about `keep + at_once` at a time.
+
+    Of a token whose sequence stands there twice the first is taken.
+    """
+    count, length = sequences.shape
+    ids = np.array([sequence_id(row) for row in sequences], dtype=np.int64)
+    positions, step = np.arange(length), max(1, at_once // length)
+    best = np.zeros((3, 0), dtype=np.int64)
+    for start in range(0, count, step):
+        block = range(start, min(start + step, count))
+        hashes = np.stack([token_hash(seed, int(ids[i]), positions) for i in block])
+        row, position = (x.ravel() for x in np.indices(hashes.shape))
+        best = np.concatenate([best, [hashes.ravel(), row + start, position]], axis=1)
+        best = best[:, bottom_k(best[0], keep)]
+    hash_, row, position = best[:, np.lexsort((best[2], best[1]))]
+    return Chosen(ids, row, position, hash_)

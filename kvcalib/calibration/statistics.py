@@ -1,6 +1,6 @@
-"""The calibration record: float64 sums per layer and the token sample, in one safetensors file.
+"""The calibration record: exact sums per layer and the token sample, in one safetensors file.
 
-Everything adds up: `merge(a, b)` is the record of both texts. Per layer `i` (H kv heads, Hq query
+Everything adds up: `merging.merge` makes the record of several texts. Per layer `i` (H kv heads, Hq query
 heads, n kept tokens):
 
     layers.i.key.sum, .square_sum, .fisher_sum          [H, D]   (and layers.i.value.*)
@@ -16,13 +16,19 @@ heads, n kept tokens):
     layers.i.sample.attention_slope                     [n, H, D]  bfloat16, gradient of attention_early with respect
                                                         to the token's own key
     layers.i.sample.attention_later_square              [n, H]   sum of squared weights, queries of the second half
-    sample.hash, sample.sequence, sample.position       [n]
+    sample.hash, sample.sequence, sample.position       [n]      ascending by hash
+    sequences                                           [N]      ids of all sequences, ascending
+    nll                                                 []       summed NLL of all predicted tokens, nats
 
-All queries and keys are un-rotated.
+All queries and keys are un-rotated. Sums of real numbers are float64 in `Calibration.tensors`. The file has each as two
+tensors, `NAME.limbs [3, ...]` int64 and `NAME.top [...]` int16, which are exact (`exact.py`): the same, bit by bit, in
+whatever order and by however many processes the batches were done. A sum is `2^(40 (top - 2)) (limbs[0] 2^80 +
+limbs[1] 2^40 + limbs[2])`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +38,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kvcalib.calibration.sample import bottom_k
-from kvcalib.errors import CorruptFile, InputError
-from kvcalib.files import read_tensors, write_tensors
-from kvcalib.model.identity import ModelIdentity, hash_json
+from kvcalib.calibration.sums import Decoded, Prefixed
+from kvcalib.errors import CorruptFile
+from kvcalib.files import write_tensors
+from kvcalib.model.identity import ModelIdentity
+from kvcalib.streamed import TensorFile
 
-VERSION = 4
-READABLE = (2, 3, VERSION)
+VERSION = 5
+READABLE = (2, 3, 4, VERSION)
 """Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
-4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need."""
+4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need; files before version 5
+have float64 sums and no `sequences`, without which they cannot be merged."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 
@@ -85,6 +93,10 @@ class CalibrationInfo(BaseModel):
     predicted_tokens: int
     fingerprint: str
     layers: list[LayerShape]
+    batches: int | None = Field(
+        default=None, description="Contributions to every sum; None in files before version 5, which do not count them."
+    )
+    merged: list[str] = Field(default=[], description="Fingerprints of the runs that were merged, ascending; else [].")
 
     @property
     def nll(self) -> float:
@@ -94,29 +106,37 @@ class CalibrationInfo(BaseModel):
 
 @dataclass
 class Calibration:
-    """A calibration file in memory: what it is of, and its tensors by name."""
+    """A calibration file: what it is of, and its tensors by name.
+
+    Attributes:
+        stored: the tensors as the file has them. One that was loaded reads each when it is asked for and keeps none.
+    """
 
     info: CalibrationInfo
-    tensors: dict[str, Tensor] = field(repr=False)
+    stored: Mapping[str, Tensor] = field(repr=False)
 
-    def layer(self, index: int) -> dict[str, Tensor]:
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Sums as float64 and sampled tokens by name."""
+        return Decoded(self.stored)
+
+    def layer(self, index: int) -> Mapping[str, Tensor]:
         """Tensors of one layer, their names without `layers.{index}.`."""
-        prefix = f"layers.{index}."
-        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+        return Prefixed(self.tensors, f"layers.{index}.")
 
     def save(self, path: Path, extra: Any = None) -> None:
         """Write the file atomically; the same record gives the same bytes."""
-        note = {"info": self.info.model_dump(mode="json"), "extra": extra}
-        write_tensors(path, self.tensors, note)
+        write_tensors(path, self.stored, file_note(self.info, extra))
 
     @classmethod
     def load(cls, path: Path) -> tuple[Calibration, Any]:
-        """The record in `path`, and the `extra` it was saved with.
+        """The record in `path`, and the `extra` it was saved with. Its tensors stay on disk until they are asked for.
 
         Raises:
             InputError: no such file. CorruptFile: damaged, or of another version.
         """
-        tensors, note = read_tensors(path)
+        tensors = TensorFile(path)
+        note = tensors.metadata
         version = note.get("info", {}).get("version")
         if version not in READABLE:
             raise CorruptFile(
@@ -126,42 +146,9 @@ class Calibration:
         return cls(CalibrationInfo.model_validate(note["info"]), tensors), note.get("extra")
 
 
-def merge(a: Calibration, b: Calibration) -> Calibration:
-    """The record of both texts: sums added, the sample cut out of both.
-
-    Raises:
-        InputError: the two are of different models, seeds, windows or sequence lengths.
-    """
-    for name in ("seed", "keep_tokens", "window", "seq_len", "layers"):
-        if getattr(a.info, name) != getattr(b.info, name):
-            raise InputError(
-                f"cannot merge calibrations: {name} is {getattr(a.info, name)} in one and "
-                f"{getattr(b.info, name)} in the other; calibrate both alike"
-            )
-    if set(a.tensors) != set(b.tensors):
-        raise InputError(
-            f"cannot merge calibrations: only one of them has {sorted(set(a.tensors) ^ set(b.tensors))[0]!r}; "
-            "calibrate both with one version of kvcalib"
-        )
-    if a.info.model.weights_sha256 != b.info.model.weights_sha256:
-        raise InputError(f"cannot merge calibrations of {a.info.model.name!r} and {b.info.model.name!r}: other weights")
-    hashes = torch.cat([a.tensors["sample.hash"], b.tensors["sample.hash"]])
-    kept = torch.from_numpy(bottom_k(hashes.numpy(), a.info.keep_tokens))
-    merged = {}
-    for name, tensor in a.tensors.items():
-        other = b.tensors[name]
-        merged[name] = torch.cat([tensor, other])[kept] if "sample." in name else tensor + other
-    info = a.info.model_copy(
-        update={
-            "fingerprint": hash_json(sorted([a.info.fingerprint, b.info.fingerprint])),
-            "data": a.info.data if a.info.data == b.info.data else f"{a.info.data} + {b.info.data}",
-            **{
-                n: getattr(a.info, n) + getattr(b.info, n)
-                for n in ("sequences", "tokens", "nll_sum", "predicted_tokens")
-            },
-        }
-    )
-    return Calibration(info, merged)
+def file_note(info: CalibrationInfo, extra: Any = None) -> dict[str, Any]:
+    """The metadata of a calibration file."""
+    return {"info": info.model_dump(mode="json"), "extra": extra}
 
 
 def norm_histogram(squared: Tensor) -> Tensor:

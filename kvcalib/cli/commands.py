@@ -35,6 +35,7 @@ from kvcalib.cli.options import (
 from kvcalib.cli.tables import (
     print_allocated,
     print_allocation,
+    print_calibration,
     print_evaluations,
     print_friendliness,
     print_path,
@@ -155,19 +156,34 @@ def fisher(
             device=device, batch_size=batch_size, window=window, seed=seed, revision=revision,
             trust_remote_code=trust_remote_code, sliding=sliding,
         )  # fmt: skip
+        from kvcalib import launch
         from kvcalib.model.loading import load_model, load_tokenizer
 
-        RunDir.check_free(run)
-        load_tokenizer(model, revision, trust_remote_code)
-        loaded = load_model(model, dtype, device, revision, trust_remote_code)
-        record = stage.run(RunDir(run, create=True), model, settings, overwrite, loaded)
-        info = record.info
-        out_console.print(
-            f"{info.sequences} sequences, {info.tokens} tokens, NLL {info.nll:.4f} nats per token, "
-            f"{len(record.tensors['sample.hash'])} tokens kept, {len(info.layers)} layers",
-            highlight=False,
-        )
-        print_path("calibration", run / "calibration.safetensors")
+        here = launch.here()
+        with here.step("fisher"):
+            RunDir.check_free(run)
+            load_tokenizer(model, revision, trust_remote_code)
+            where = (here.device if device == "auto" else None) or device
+            loaded = load_model(model, dtype, where, revision, trust_remote_code)
+        run_dir = here.in_turn("fisher", lambda: RunDir(run, create=True))
+        record = stage.run(run_dir, model, settings, overwrite, loaded, here)
+        if here.first and record is not None:
+            print_calibration(record, run / "calibration.safetensors")
+
+
+@app.command()
+def merge(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs, or their calibration files: two or more.", metavar="RUN...")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run that has the text of all.")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """One calibration out of several runs, which may come from machines that never met."""
+    with errors():
+        from kvcalib.stages import merge as stage
+
+        print_calibration(stage.run(runs, out, overwrite), out / "calibration.safetensors")
 
 
 @app.command("fit-nuq")

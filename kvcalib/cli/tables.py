@@ -12,6 +12,7 @@ from kvcalib.cli.terminal import out_console
 
 if TYPE_CHECKING:
     from kvcalib.artifact.manifest import Manifest
+    from kvcalib.calibration.statistics import Calibration
     from kvcalib.evaluation.passkey import Passkey
     from kvcalib.evaluation.perplexity import Evaluation
     from kvcalib.evaluation.summaries import Summaries
@@ -142,6 +143,17 @@ def print_allocated(effective_bits: float, mean_width: float, run: Path) -> None
     """What a budget came to."""
     out_console.print(f"{effective_bits:.3f} effective bits, mean code width {mean_width:.3f}", highlight=False)
     print_path("widths", run / "allocation.safetensors")
+
+
+def print_calibration(record: Calibration, path: Path) -> None:
+    """What a calibration is of, and where it lies."""
+    info = record.info
+    out_console.print(
+        f"{info.sequences} sequences, {info.tokens} tokens, NLL {info.nll:.4f} nats per token, "
+        f"{len(record.tensors['sample.hash'])} tokens kept, {len(info.layers)} layers",
+        highlight=False,
+    )
+    print_path("calibration", path)
 
 
 def print_path(what: str, path: Path) -> None:

@@ -7,6 +7,7 @@ losses of the two formats are estimated from the predicted loss that it records 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def of_run(run_dir: RunDir) -> Facts:
     return Facts(str(run_dir.path), __version__, calibration.info.model, layers)
 
 
-def measured(shape: LayerShape, data: dict[str, Tensor], seed: int) -> LayerFacts:
+def measured(shape: LayerShape, data: Mapping[str, Tensor], seed: int) -> LayerFacts:
     """One layer's scales and losses.
 
     Keys are turned by random angles, as it is not known where they will be read, and the Fisher of a pair is the mean

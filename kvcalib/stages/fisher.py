@@ -1,31 +1,35 @@
 """Stage `fisher`: model and text to `calibration.safetensors`.
 
-The stage saves what it has every two minutes and when it is interrupted; started again with the same settings it goes
-on from there and ends in the same bytes.
+What is done is on disk after every batch; started again with the same settings, by however many processes, the stage
+goes on from there and ends in the same bytes. The processes of a launch share the batches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
-import time
-from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvcalib.calibration.fisher import PassSettings, run_pass
+from kvcalib.calibration.fisher import PassSettings, pass_info, run_batches
+from kvcalib.calibration.joining import join_parts
+from kvcalib.calibration.sample import choose
 from kvcalib.calibration.statistics import VERSION, Calibration
-from kvcalib.errors import CorruptFile, InputError, UnsupportedModel
+from kvcalib.errors import InputError, UnsupportedModel
+from kvcalib.launch import Launch
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.selftest import attention_layers
 from kvcalib.model.text import token_sequences
-from kvcalib.rundir import CALIBRATION, PARTIAL, RunDir, fingerprint
+from kvcalib.rundir import CALIBRATION, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
+from kvcalib.stages.fisher_parts import bring_together, check_agreement, share
 from kvcalib.stages.progress import note, progress
 
-SAVE_EVERY_SECONDS = 120.0
+ALONE = Launch()
 
 
 class FisherSettings(BaseModel):
@@ -50,27 +54,38 @@ class FisherSettings(BaseModel):
 
 
 def run(
-    run_dir: RunDir, model_name: str, settings: FisherSettings, overwrite: bool = False, model: Any = None
-) -> Calibration:
+    run_dir: RunDir,
+    model_name: str,
+    settings: FisherSettings,
+    overwrite: bool = False,
+    model: Any = None,
+    here: Launch = ALONE,
+) -> Calibration | None:
     """Calibrate `model_name` in `run_dir`; an up-to-date result is loaded and not made again.
 
     Args:
         model: the loaded model, where the caller has it already.
+        here: the launch whose processes all call this with the same arguments, and share the batches.
+
+    Returns:
+        The calibration; None in a process that does not see the first one's disk.
 
     Raises:
-        InputError, UnsupportedModel, FolderInUse, NonFiniteActivations: see `kvcalib.errors`.
+        InputError, UnsupportedModel, FolderInUse, NonFiniteActivations, ProcessLost: see `kvcalib.errors`.
     """
-    tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
-    sequences = token_sequences(
-        settings.data, tokenizer, settings.samples, settings.seq_len, "calibrate", settings.seed
-    )
-    if len(sequences) < settings.samples:
-        note(f"fisher: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
-    if model is None:
-        model = load_model(model_name, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
-    check_vocabulary(model, sequences, settings.data)
-    identity = identify(model)
-    batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
+    with here.step("fisher"):
+        tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
+        sequences = token_sequences(
+            settings.data, tokenizer, settings.samples, settings.seq_len, "calibrate", settings.seed
+        )
+        if len(sequences) < settings.samples:
+            note(f"fisher: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
+        if model is None:
+            device = (here.device if settings.device == "auto" else None) or settings.device
+            model = load_model(model_name, settings.dtype, device, settings.revision, settings.trust_remote_code)
+        check_vocabulary(model, sequences, settings.data)
+        identity = identify(model)
+        batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
     recorded = {
         **settings.model_dump(include={"data", "seq_len", "keep_tokens", "window", "seed", "sliding"}),
         "samples": len(sequences),
@@ -80,34 +95,65 @@ def run(
         "model": identity.name,
         "weights_sha256": identity.weights_sha256,
         "rope_parameters_sha256": identity.rope_parameters_sha256,
-        "token_ids_sha256": hashlib.sha256(sequences.astype("<i8").tobytes()).hexdigest(),
+        "token_ids_sha256": _hash_ids(sequences),
         "stage_version": VERSION,
     }
-    with run_dir.lock():
-        if run_dir.up_to_date("fisher", recorded):
+    check_agreement(here, recorded)
+    with contextlib.ExitStack() as lock:
+        done = False
+        with here.step("fisher"):
+            if here.first:
+                lock.enter_context(run_dir.lock())
+                done = run_dir.up_to_date("fisher", recorded)
+                if not done and not overwrite:
+                    run_dir.refuse_other("fisher", recorded)
+        if here.same(done):
             note("fisher: up to date")
-            return Calibration.load(run_dir.file(CALIBRATION))[0]
-        if not overwrite:
-            run_dir.refuse_other("fisher", recorded)
-        layers = choose_layers(model, settings.sliding)
-        rotations = prove(model, layers)
-        pass_settings = PassSettings(
-            settings.data, settings.seed, settings.keep_tokens, settings.window, batch_size, fingerprint(recorded)
-        )
-        resume = _partial(run_dir, pass_settings.fingerprint)
-        if resume is not None:
-            note(f"fisher: going on after {resume[1]} of {len(sequences)} sequences")
-        with progress("fisher", len(sequences), "sequences") as show, _Saver(run_dir) as saver:
+        else:
+            folder = here.in_turn("fisher", lambda: run_dir.parts("fisher", recorded, discard=overwrite))
+            with here.step("fisher"):
+                rotations = prove(model, choose_layers(model, settings.sliding))
+                chosen = choose(sequences, settings.seed, settings.keep_tokens)
+            pass_settings = PassSettings(
+                settings.data, settings.seed, settings.keep_tokens, settings.window, batch_size, fingerprint(recorded)
+            )
+            total = pass_settings.batches(len(sequences))
+            part, plan = share(here, folder, total)
+            before = len(sequences) if not plan.left else (total - len(plan.left)) * batch_size
+            if plan.kept:
+                note(f"fisher: going on after {before} of {len(sequences)} sequences")
+            with (
+                here.step("fisher"),
+                progress("fisher", len(sequences), "sequences") as show,
+                _Interruption() as interruption,
+            ):
+                show(before)
 
-            def on_batch(done: int, record: Callable[[], Calibration]) -> None:
-                show(done)
-                saver.after_batch(done, record)
+                def on_batch(mine: int) -> None:
+                    # The others are about as far; asking them would hold everybody up.
+                    reached = min(len(sequences), before + mine * here.size * batch_size)
+                    show(reached)
+                    interruption.after_batch(reached)
 
-            calibration = run_pass(model, rotations, sequences, identity, pass_settings, resume, on_batch)
-        calibration.save(run_dir.file(CALIBRATION))
-        run_dir.finish("fisher", recorded, [CALIBRATION])
-        run_dir.file(PARTIAL).unlink(missing_ok=True)
-    return calibration
+                run_batches(model, rotations, sequences, chosen, pass_settings, part, here.mine(plan.left), on_batch)
+            parts = bring_together(here, folder, total)
+            with here.step("fisher"):
+                if here.first:
+                    info = pass_info(identity, pass_settings, sequences, parts[0].layers)
+                    join_parts(run_dir.file(CALIBRATION), parts, chosen, batch_size, info)
+                    run_dir.finish("fisher", recorded, [CALIBRATION])
+        here.in_turn("fisher", lambda: run_dir.drop_parts("fisher"))
+    with here.step("fisher"):
+        path = run_dir.file(CALIBRATION)
+        return Calibration.load(path)[0] if here.first or path.is_file() else None
+
+
+def _hash_ids(sequences: np.ndarray) -> str:
+    """sha256 of token ids `[N, T]`, row-major, as int64."""
+    digest = hashlib.sha256()
+    for row in sequences:
+        digest.update(row.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def choose_layers(model: Any, sliding: str = "auto") -> list[int]:
@@ -140,28 +186,14 @@ def check_vocabulary(model: Any, sequences: Any, data: str) -> None:
         )
 
 
-def _partial(run_dir: RunDir, wanted: str) -> tuple[Calibration, int] | None:
-    """What an interrupted run with the same fingerprint left behind."""
-    path = run_dir.file(PARTIAL)
-    if not path.is_file():
-        return None
-    try:
-        record, _ = Calibration.load(path)
-    except CorruptFile:
-        return None
-    return (record, record.info.sequences) if record.info.fingerprint == wanted else None
+class _Interruption:
+    """Ctrl-C ends the stage after the batch in which the user pressed it."""
 
-
-class _Saver:
-    """Saves the record now and then, and after the batch in which the user pressed Ctrl-C."""
-
-    def __init__(self, run_dir: RunDir) -> None:
-        self.path = run_dir.file(PARTIAL)
-        self.last = time.monotonic()
+    def __init__(self) -> None:
         self.interrupted = False
         self._before: Any = None
 
-    def __enter__(self) -> _Saver:
+    def __enter__(self) -> _Interruption:
         try:
             self._before = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: then nobody can press Ctrl-C for it
@@ -178,11 +210,8 @@ class _Saver:
         self.interrupted = True
         note("fisher: stopping after this batch (Ctrl-C again to stop at once)")
 
-    def after_batch(self, done: int, record: Callable[[], Calibration]) -> None:
-        if not self.interrupted and time.monotonic() - self.last < SAVE_EVERY_SECONDS:
-            return
-        record().save(self.path)
-        self.last = time.monotonic()
+    def after_batch(self, done: int) -> None:
+        """Stop here if the user wants to."""
         if self.interrupted:
             note(f"fisher: {done} sequences are saved; start the same command again to go on")
             raise KeyboardInterrupt

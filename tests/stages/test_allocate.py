@@ -194,7 +194,7 @@ def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
         allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
     note["info"]["version"] = 1
     write_tensors(run.file("calibration.safetensors"), tensors, note)
-    with pytest.raises(InputError, match=r"version is 1, expected one of \(2, 3, 4\); run `kvcalib fisher` again"):
+    with pytest.raises(InputError, match=r"version is 1, expected one of \(2, 3, 4, 5\); run `kvcalib fisher` again"):
         allocate.run(run, AllocateSettings(widths=2.0))
 
 
