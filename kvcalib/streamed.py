@@ -29,7 +29,7 @@ DTYPES = {
 }  # fmt: skip
 GAP = 16 << 10
 """Bytes between two rows that are rather read than skipped."""
-SPAN = 8 << 20
+SPAN = 1 << 20
 """About the bytes that are read at a time."""
 
 

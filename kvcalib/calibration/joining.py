@@ -25,7 +25,7 @@ from kvcalib.streamed import Spec, stream_tensors
 
 COLUMNS = ("sample.hash", "sample.sequence", "sample.position")
 SEQUENCES, NLL = "sequences", "nll"
-PIECE = 32 << 20
+PIECE = 4 << 20
 """Bytes of a sampled tensor that are in memory at a time."""
 
 

@@ -123,12 +123,6 @@ def _check_alike(first_file: Path, first: Calibration, file: Path, other: Calibr
             a, b = ([(x.index, x.query_heads, x.kv_heads, x.head_dim, x.sliding, x.partner) for x in y] for y in (a, b))
         if a != b:
             raise InputError(f"cannot merge: {name} is {b} in {file} and {a} in {first_file}; calibrate both alike")
-    for name in ("weights_sha256", "rope_parameters_sha256"):
-        if getattr(first.info.model, name) != getattr(other.info.model, name):
-            raise InputError(
-                f"cannot merge: {file} is of {other.info.model.name!r} and {first_file} of {first.info.model.name!r}, "
-                f"whose {name} differ; calibrate both on one model"
-            )
     specs = []
     for record in (first, other):
         stored: Any = record.stored
@@ -140,4 +134,10 @@ def _check_alike(first_file: Path, first: Calibration, file: Path, other: Calibr
         if a != b:
             raise InputError(
                 f"cannot merge: {name} is {b} in {file} and {a} in {first_file}; calibrate both with the same --dtype"
+            )
+    for name in ("weights_sha256", "rope_parameters_sha256"):
+        if getattr(first.info.model, name) != getattr(other.info.model, name):
+            raise InputError(
+                f"cannot merge: {file} is of {other.info.model.name!r} and {first_file} of {first.info.model.name!r}, "
+                f"whose {name} differ; calibrate both on one model"
             )

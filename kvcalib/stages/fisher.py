@@ -119,6 +119,8 @@ def run(
             )
             total = pass_settings.batches(len(sequences))
             part, plan = share(here, folder, total)
+            if here.size > 1:
+                note(f"fisher: {here.size} processes share {len(plan.left)} batches")
             before = len(sequences) if not plan.left else (total - len(plan.left)) * batch_size
             if plan.kept:
                 note(f"fisher: going on after {before} of {len(sequences)} sequences")
