@@ -37,7 +37,7 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         _, self.metadata = read_tensors(path, names=())
         self._file: Any = safe_open(path, framework="pt").__enter__()
-        self._names = sorted(self._file.keys())
+        self._names = dict.fromkeys(sorted(self._file.keys()))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -46,6 +46,11 @@ class TensorFile(Mapping[str, Tensor]):
             return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CorruptFile(f"{self.path}: tensor {name!r} cannot be read ({error}); copy or make it again") from None
+
+    def spec(self, name: str) -> Spec:
+        """Type and shape of a tensor, which stays on disk."""
+        found = self._file.get_slice(name)
+        return next(dtype for dtype, known in DTYPES.items() if known == found.get_dtype()), tuple(found.get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
