@@ -93,6 +93,16 @@ class Launch:
         """The first process's JSON `value`, in all of them."""
         return self.gather(value if self.first else None)[0]
 
+    def unite(self, known: dict[str, Any]) -> dict[str, Any]:
+        """What any process knows, JSON values by key, in all of them; of several values the lowest rank's."""
+        if self.size == 1:
+            return known
+        held = [set(keys) for keys in self.gather(sorted(known))]
+        everywhere = set.intersection(*held)
+        earlier = set().union(*held[: self.rank])
+        sent = self.gather({key: value for key, value in known.items() if key not in everywhere | earlier})
+        return known | {key: value for part in sent for key, value in part.items()}
+
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
         """A block that every process runs and leaves together; an error of one is raised in all.
