@@ -187,6 +187,18 @@ class Launch:
                 elif told[0] not in (None, told[rank]):
                     self.fetch(path, 0, path, rank)
 
+    def supply_folder(self, folder: Path) -> None:
+        """`supply` of all files that the first process has in `folder`, which the others make if they lack it."""
+        if self.size == 1:
+            return
+        with self.step("launch"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(folder, error) from error
+        names = self.same([str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()])
+        self.supply(folder, names)
+
     def fetch(self, source: Path | None, rank: int, target: Path, to: int = 0) -> None:
         """Copy the file `source` of process `rank` to `target` of process `to`, whole or not; all processes call it.
 

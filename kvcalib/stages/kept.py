@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvcalib.errors import FolderInUse
+from kvcalib.errors import FolderInUse, NonFiniteActivations
 from kvcalib.evaluation.collect import Row
 from kvcalib.launch import Launch
 from kvcalib.rundir import difference
@@ -78,10 +78,16 @@ class Kept:
         self._rows = self.here.unite(self._rows)
         return {int(number): row for number, row in self._rows.items()}
 
-    def remove(self) -> None:
-        """Remove the file: the result is written. All processes call it."""
-        with self.step():
-            pass
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """The file goes once the block has written its result, or has found that there is none to be had."""
+        if error is None or isinstance(error, NonFiniteActivations):
+            self.forget()
+
+    def forget(self) -> None:
+        """Remove the file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
