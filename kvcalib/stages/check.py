@@ -119,6 +119,8 @@ def measure(
         here: the processes that share the sequences; all of them call this.
     """
     options = {(layer, role): codebooks.option(layer, role) for layer in codebooks.layers for role in ROLES}
+    with here.step("check"):
+        model = subject.model
     kept = here.in_turn("check", lambda: run_dir.parts(PARTS, of, discard=True)) / "measured.jsonl"
     shared = here.shares(run_dir.path)
     with tempfile.TemporaryDirectory(dir=run_dir.path, prefix=".check-") as own:
@@ -129,7 +131,6 @@ def measure(
                     build.run(run_dir, folder / str(number), widths=candidate.widths, options=options)
         with here.step("check"):
             artifacts = [load(folder / str(number)) for number in range(len(found))]
-            model = subject.model
         with progress("check", len(sequences), "sequences") as show:
             results = evaluate(
                 model, artifacts, sequences, batch_size=subject.batch_size, on_batch=show,
