@@ -31,7 +31,7 @@ def threads(count: int) -> Iterator[int]:
 @contextlib.contextmanager
 def one_thread() -> Iterator[int]:
     """One thread for all that is computed in the block; yields how many torch had before."""
-    with threadpool_limits(1), threads(1) as before:
+    with threads(1) as before, threadpool_limits(1):
         yield before
 
 
