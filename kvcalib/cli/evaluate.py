@@ -116,7 +116,9 @@ def evaluate(
     device: DeviceOption = "auto",
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
-    json: Annotated[Path | None, typer.Option(help="Also write the measures to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write the measures to this file; a stopped eval goes on beside it.")
+    ] = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:

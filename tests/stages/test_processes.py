@@ -28,7 +28,8 @@ from kvcalib.stages.fit_nuq import FitNuqSettings
 from kvcalib.stages.measure import MEASURED_WIDTHS, MeasureSettings
 from tests.test_cli import VOCABULARY, llama
 
-SIZES = (2, 4)
+LAUNCHES = {"two": (2, False), "four": (4, False), "two on two disks": (2, True)}
+"""Processes, and whether each has a disk of its own."""
 TIMES = ("seconds_per_token", "fp16_seconds_per_token", "created", "artifact")
 FIT = FitNuqSettings()
 
@@ -44,7 +45,7 @@ def plain(home: Path, samples: int = 5) -> EvalSettings:
 
 def everything(home: Path, folder: Path, here: launch.Launch) -> None:
     """All stages after `fisher` in the run folder `folder/run`, by the processes of `here`."""
-    run, name = RunDir(folder / "run"), str(home / "model")
+    run, name = here.in_turn("test", lambda: RunDir(folder / "run", create=True)), str(home / "model")
     model = load_model(name)
     fit_nuq.run(run, FIT, here)
     measuring = MeasureSettings(**common(home), model=name, samples=3)
@@ -54,6 +55,7 @@ def everything(home: Path, folder: Path, here: launch.Launch) -> None:
         if here.first:
             friendliness.run(run)
             build.run(run, folder / "artifact", 2, 2)
+    here.supply_folder(folder / "artifact")
     artifacts = [folder / "artifact"]
     evaluate.run(artifacts, name, plain(home), folder / "plain.json", model, here)
     evicting = plain(home).model_copy(update={"keep": 0.5})
@@ -146,25 +148,26 @@ def one(home):
     return home / "one"
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=LAUNCHES)
 def many(request, context, home):
-    """The folder of several processes."""
-    folder = home / f"many{request.param}"
-    shutil.copytree(home / "calibrated", folder / "run")
+    """The folder of the first of several processes."""
+    size, apart = LAUNCHES[request.param]
+    folders = [home / request.param / (str(rank) if apart else "0") for rank in range(size)]
+    shutil.copytree(home / "calibrated", folders[0] / "run")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
-    for rank in range(request.param):
+    for rank, folder in enumerate(folders):
         ours, theirs = context.Pipe(duplex=False)
-        given = (rank, request.param, port, str(home), str(folder), theirs)
+        given = (rank, size, port, str(home), str(folder), theirs)
         started.append((context.Process(target=_start, args=given), ours))
         started[-1][0].start()
         theirs.close()
-    assert [ours.recv() for _, ours in started] == ["done"] * request.param
+    assert [ours.recv() for _, ours in started] == ["done"] * size
     for process, _ in started:
         process.join()
-    return folder
+    return folders[0]
 
 
 @pytest.fixture
