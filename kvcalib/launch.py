@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvcalib import errors
 from kvcalib.errors import InputError, KvcalibError, ProcessLost
-from kvcalib.files import write_error
+from kvcalib.files import hash_file, write_error
 
 T = TypeVar("T")
 LONGEST_WAIT = datetime.timedelta(days=7)
@@ -58,6 +58,15 @@ class Launch:
         """Whether this process is the one that writes what all have in common."""
         return self.rank == 0
 
+    def own_device(self, chosen: str) -> str:
+        """The torch device to load a model on: this process's own where `chosen` is auto, else `chosen`."""
+        return self.device or chosen if chosen == "auto" else chosen
+
+    @property
+    def cores(self) -> int:
+        """How many of this machine's cores are this process's share, at least 1."""
+        return max(1, (os.cpu_count() or 1) // self.local_size)
+
     def mine(self, items: Sequence[T]) -> list[T]:
         """This process's share of `items`: every `size`-th."""
         return list(items[self.rank :: self.size])
@@ -83,6 +92,16 @@ class Launch:
     def same(self, value: Any) -> Any:
         """The first process's JSON `value`, in all of them."""
         return self.gather(value if self.first else None)[0]
+
+    def unite(self, known: dict[str, Any]) -> dict[str, Any]:
+        """What any process knows, JSON values by key, in all of them; of several values the lowest rank's."""
+        if self.size == 1:
+            return known
+        held = [set(keys) for keys in self.gather(sorted(known))]
+        everywhere = set.intersection(*held)
+        earlier = set().union(*held[: self.rank])
+        sent = self.gather({key: value for key, value in known.items() if key not in everywhere | earlier})
+        return known | {key: value for part in sent for key, value in part.items()}
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -113,6 +132,15 @@ class Launch:
         failed.shared = True
         raise failed
 
+    @contextlib.contextmanager
+    def holding(self, what: str, lock: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+        """A block that all processes run while the first one holds `lock()`; if it cannot be had, all raise."""
+        with contextlib.ExitStack() as stack:
+            with self.step(what):
+                if self.first:
+                    stack.enter_context(lock())
+            yield
+
     def in_turn(self, what: str, make: Callable[[], T]) -> T:
         """`make()` by the first process, then by the others: for what the first creates and the others find.
 
@@ -127,41 +155,73 @@ class Launch:
         return made[0]
 
     def shares(self, folder: Path) -> bool:
-        """Whether all processes see `folder` as the first one does (one disk), or each has its own."""
-        if self.size == 1:
-            return True
-        sign = folder / f".launch-{self.same(uuid.uuid4().hex)}"
-        with self.step("launch"):
-            if self.first:
-                try:
-                    sign.touch()
-                except OSError as error:
-                    raise write_error(sign, error) from error
-        seen = self.gather(sign.exists())
-        if self.first:
-            sign.unlink(missing_ok=True)
-        return all(seen)
+        """Whether all processes see `folder` as the first one does (one disk), or some have their own."""
+        return not any(self.disks(folder))
 
-    def fetch(self, source: Path | None, rank: int, target: Path) -> None:
-        """Copy the file `source` of process `rank` to `target` of the first process; all processes call it.
+    def disks(self, folder: Path) -> list[int]:
+        """For each process the lowest rank that sees `folder` on the same disk as it does; the folder is there."""
+        if self.size == 1:
+            return [0]
+        name = self.same(uuid.uuid4().hex)
+        signs = [folder / f".launch-{name}-{rank}" for rank in range(self.size)]
+        with self.step("launch"):
+            try:
+                signs[self.rank].touch()
+            except OSError as error:
+                raise write_error(signs[self.rank], error) from error
+        lowest = self.gather(next(rank for rank, sign in enumerate(signs) if sign.exists()))
+        signs[self.rank].unlink(missing_ok=True)
+        return [int(rank) for rank in lowest]
+
+    def supply(self, folder: Path, names: Sequence[str]) -> None:
+        """Make the files `names` of `folder` those of the first process's folder, on every disk that is not its own.
+
+        Raises:
+            ProcessLost: one process has ended. InputError: a file cannot be written.
+        """
+        others = sorted(set(self.disks(folder)) - {0}) if self.size > 1 else []
+        for name in names if others else ():
+            path, mine = folder / name, self.first or self.rank in others
+            told = self.gather(hash_file(path) if mine and path.is_file() else None)
+            for rank in others:
+                if told[0] is None and self.rank == rank:
+                    path.unlink(missing_ok=True)
+                elif told[0] not in (None, told[rank]):
+                    self.fetch(path, 0, path, rank)
+
+    def supply_folder(self, folder: Path) -> None:
+        """`supply` of all files that the first process has in `folder`, which the others make if they lack it."""
+        if self.size == 1:
+            return
+        with self.step("launch"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise write_error(folder, error) from error
+        names = self.same([str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()])
+        self.supply(folder, names)
+
+    def fetch(self, source: Path | None, rank: int, target: Path, to: int = 0) -> None:
+        """Copy the file `source` of process `rank` to `target` of process `to`, whole or not; all processes call it.
 
         Raises:
             ProcessLost: one of them has ended. InputError: `target` cannot be written.
         """
-        if rank == 0:
-            raise ValueError("fetch: rank is 0, whose files are there already")
+        if rank == to:
+            raise ValueError(f"fetch: rank and to are {rank}, whose files are there already")
         size = self.gather(source.stat().st_size if self.rank == rank and source is not None else None)[rank]
         if self.rank == rank and source is not None:
             with open(source, "rb") as file, self._talking():
                 while block := file.read(CHUNK):
-                    torch.distributed.send(torch.frombuffer(bytearray(block), dtype=torch.uint8), 0, group=self.group)
+                    torch.distributed.send(torch.frombuffer(bytearray(block), dtype=torch.uint8), to, group=self.group)
         failed: OSError | None = None
-        if self.first:
+        if self.rank == to:
             with contextlib.ExitStack() as stack:
                 file_: Any = None
+                part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
                 try:
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    file_ = stack.enter_context(open(target, "wb"))
+                    file_ = stack.enter_context(open(part, "wb"))
                 except OSError as error:
                     failed = error
                 for start in range(0, size, CHUNK):
@@ -173,6 +233,13 @@ class Launch:
                             file_.write(block_.numpy().tobytes())
                     except OSError as error:  # what is under way is received all the same
                         failed = error
+            try:
+                if failed is None:
+                    os.replace(part, target)
+                else:
+                    part.unlink(missing_ok=True)
+            except OSError as error:
+                failed = failed or error
         with self.step("launch"):
             if failed is not None:
                 raise write_error(target, failed, size)

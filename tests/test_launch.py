@@ -30,7 +30,17 @@ def _talk(rank: int, port: int, folder: str, answer) -> None:
         "gather": here.gather({"rank": rank, "text": "x" * rank}),
         "same": here.same(f"from {rank}"),
         "shares": (here.shares(common), here.shares(own)),
+        "disks": (here.disks(common), here.disks(own)),
+        "unite": here.unite({"all": 0, str(rank): rank, "some": rank} if rank else {"all": 0}),
     }
+    names = ("run.json", "stages/a.json", "gone")
+    if rank == 0:
+        (own / "stages").mkdir()
+        (own / "run.json").write_text("0"), (own / "stages" / "a.json").write_text("a")
+    else:
+        (own / "run.json").write_text(str(rank)), (own / "gone").write_text("old")
+    here.supply(own, names)
+    found["supplied"] = [(own / name).read_text() if (own / name).exists() else None for name in names]
     order = common / "order"
 
     def make() -> str:
@@ -95,6 +105,18 @@ def test_gather_and_same(told):
 
 def test_shared_and_own_folders_are_told_apart(told):
     assert all(f["shares"] == (True, False) for f in told[0])
+
+
+def test_disks_are_known_by_their_lowest_process(told):
+    assert all(f["disks"] == ([0] * SIZE, list(range(SIZE))) for f in told[0])
+
+
+def test_what_any_process_knows_all_know(told):
+    assert all(f["unite"] == {"all": 0, "1": 1, "2": 2, "some": 1} for f in told[0])
+
+
+def test_other_disks_get_the_firsts_files(told):
+    assert all(f["supplied"] == ["0", "a", None] for f in told[0])
 
 
 def test_first_makes_before_the_others_look(told):

@@ -40,7 +40,16 @@ from kvcalib.cli.tables import (
     print_friendliness,
     print_path,
 )
-from kvcalib.cli.terminal import Commands, errors, make_settings, numbers, one_dial, out_console, quiet_libraries
+from kvcalib.cli.terminal import (
+    Commands,
+    errors,
+    make_settings,
+    numbers,
+    one_dial,
+    out_console,
+    quiet_libraries,
+    speaks,
+)
 from kvcalib.errors import InputError
 
 app = typer.Typer(
@@ -52,9 +61,18 @@ app = typer.Typer(
 )
 
 
+LAUNCHED = ("demo", "run", "fisher", "merge", "fit-nuq", "allocate", "eval", "sweep")
+"""Commands of which the processes of a launch do a share each; all others the first process does alone."""
+
+
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     """kvcalib."""
+    if context.invoked_subcommand not in LAUNCHED and not speaks():
+        raise typer.Exit
     if version:
         print(f"kvcalib {__version__}")
         raise typer.Exit
@@ -67,9 +85,13 @@ def demo(
     """The whole road on the embedded model, offline, in minutes on two cores."""
     with errors():
         quiet_libraries()
+        from kvcalib import launch
         from kvcalib.stages import pipeline
 
-        done = pipeline.demo(out)
+        here = launch.here()
+        done = pipeline.demo(out, here)
+        if not here.first:
+            return
         print_friendliness(done.run_dir)
         print_evaluations(done.evaluations)
         out_console.print(f"stages took {done.seconds:.0f} s", highlight=False)
@@ -101,6 +123,7 @@ def run(
     with errors():
         uniform = one_dial(bits, key_bits, value_bits)
         quiet_libraries()
+        from kvcalib import launch
         from kvcalib.recipe import DEFAULT_BITS, Recipe, read_recipe
         from kvcalib.stages import pipeline
 
@@ -118,7 +141,10 @@ def run(
             where | {name: value for name, value in calibrating.items() if value is not None},
             where | {name: value for name, value in judging.items() if value is not None},
         )  # fmt: skip
-        done = pipeline.run(recipe, overwrite)
+        here = launch.here()
+        done = pipeline.run(recipe, overwrite, here)
+        if not here.first:
+            return
         print_friendliness(done.run_dir)
         print_evaluations(done.evaluations)
         print_path("artifact", recipe.out)
@@ -212,6 +238,7 @@ def fit_nuq(
     """Codebooks by weighted k-means, and the predicted loss of every width of every channel."""
     with errors():
         uniform = one_dial(bits, key_bits, value_bits)
+        from kvcalib import launch
         from kvcalib.rundir import RunDir
         from kvcalib.stages import fit_nuq as stage
 
@@ -221,7 +248,12 @@ def fit_nuq(
             sinks=sinks, format=format, weights=weights, qnorm=qnorm, solver=solver,
             **({} if choices is None else {"choices": stage.Choices() if choices else None}),
         )  # fmt: skip
-        codebooks = stage.run(RunDir(run), settings)
+        here = launch.here()
+        # Processes on other disks get what they need of the run.
+        run_dir = here.in_turn("fit-nuq", lambda: RunDir(run, create=not here.first))
+        codebooks = stage.run(run_dir, settings, here)
+        if not here.first:
+            return
         table = Table(title="predicted loss, nats per token")
         widths = (1, 2, 3, 4, 6, 8)
         for column in ("layer", "", *(f"{w} bit" for w in widths)):
@@ -236,7 +268,7 @@ def fit_nuq(
             from kvcalib.stages import allocate as allocation
             from kvcalib.stages.dial import at_budget
 
-            found, _ = allocation.run(RunDir(run), at_budget(RunDir(run), bits))
+            found, _ = allocation.run(run_dir, at_budget(run_dir, bits))
             print_allocated(found.effective_bits, found.mean_width, run)
 
 
@@ -291,6 +323,7 @@ def allocate(
     """Widths for every layer, keys and values, head and channel: the least predicted loss within a budget."""
     with errors():
         quiet_libraries()
+        from kvcalib import launch
         from kvcalib.rundir import RunDir
         from kvcalib.stages import allocate as stage
 
@@ -302,7 +335,11 @@ def allocate(
             stage.MeasureSettings, model=model, data=data, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
             batch_size=batch_size, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        found, chosen = stage.run(RunDir(run), settings, measuring, check, plot)
+        here = launch.here()
+        run_dir = here.in_turn("allocate", lambda: RunDir(run, create=not here.first))
+        found, chosen = stage.run(run_dir, settings, measuring, check, plot, here=here)
+        if not here.first:
+            return
         print_allocation(found, chosen)
         print_path("widths", run / "allocation.safetensors")
         print_path("plot", plot or run / "allocation.svg")

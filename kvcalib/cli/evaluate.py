@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -116,16 +116,20 @@ def evaluate(
     device: DeviceOption = "auto",
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
-    json: Annotated[Path | None, typer.Option(help="Also write the measures to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write the measures to this file; a stopped eval goes on beside it.")
+    ] = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
     """Perplexity and KLD against the unquantized model, on real packed storage; tasks; eviction; beside baselines."""
     with errors():
         quiet_libraries()
+        from kvcalib import launch
         from kvcalib.runtime.loader import load
         from kvcalib.stages import compare as comparing
         from kvcalib.stages import evaluate as stage
+        from kvcalib.stages.progress import note
 
         settings = make_settings(
             stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
@@ -145,23 +149,40 @@ def evaluate(
             raise InputError("no ARTIFACT is given; name one, or baselines with --compare")
         if not artifact and model is None:
             raise InputError("--model is missing: without an ARTIFACT nothing else names the model; give --model")
-        loaded = [load(a) for a in artifact or ()]
+        here = launch.here()
+        with here.step("eval"):
+            loaded = [load(a) for a in artifact or ()]
         name = model or loaded[0].manifest.model.name
-        if compare is not None or harness is not None or task in comparing.TASKS:
-            specs = tuple(part.strip() for part in (compare or "").split(",") if part.strip())
-            options = make_settings(comparing.CompareSettings, specs=specs, tasks=harness, **chosen)
-            if task in comparing.TASKS:
-                print_task(comparing.run_task(task, loaded, name, settings, options, json))
-            else:
-                print_comparison(comparing.run(loaded, name, settings, options, json))
-            return
-        given = (loaded, name, settings, json)
-        if task == "summaries":
-            print_summaries(stage.run_summaries(*given))
-        elif task == "passkey":
-            print_passkeys(stage.run_passkey(*given))
+        if task == "text" and (compare is not None or harness is not None):
+            options = _compared(compare, harness, chosen)
+            compared = comparing.run(loaded, name, settings, options, json, launch=here)
+            if here.first:
+                print_comparison(compared)
+        elif task == "text":
+            measured = stage.run(loaded, name, settings, json, here=here)
+            if here.first:
+                print_evaluations(measured)
         else:
-            print_evaluations(stage.run(*given))
+            with here.step("eval"):  # tasks are few trials: the first process does them
+                if not here.first:
+                    return
+                if here.size > 1:
+                    note(f"eval: --task {task} is measured by the first of {here.size} processes alone")
+                if task == "summaries":
+                    print_summaries(stage.run_summaries(loaded, name, settings, json))
+                elif task == "passkey":
+                    print_passkeys(stage.run_passkey(loaded, name, settings, json))
+                else:
+                    options = _compared(compare, harness, chosen)
+                    print_task(comparing.run_task(cast("comparing.Task", task), loaded, name, settings, options, json))
+
+
+def _compared(compare: str | None, harness: Any, chosen: dict[str, Any]) -> Any:
+    """The settings of a comparison."""
+    from kvcalib.stages.compare import CompareSettings
+
+    specs = tuple(part.strip() for part in (compare or "").split(",") if part.strip())
+    return make_settings(CompareSettings, specs=specs, tasks=harness, **chosen)
 
 
 def _task_settings(names: str | None, task: str, **chosen: Any) -> Any:

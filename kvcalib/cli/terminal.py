@@ -31,7 +31,8 @@ class Commands(typer.core.TyperGroup):
         try:
             code = super().main(args, prog_name, **kwargs, standalone_mode=False)
         except typer.exceptions.TyperException as error:
-            _print_error(_with_value(error, list(sys.argv[1:] if args is None else args)))
+            if speaks():
+                _print_error(_with_value(error, list(sys.argv[1:] if args is None else args)))
             sys.exit(getattr(error, "exit_code", 2))
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -43,6 +44,15 @@ def _with_value(error: Any, given: list[str]) -> str:
     # The last one counts where an option is given twice.
     values = [value for option, value in itertools.pairwise(given) if option in options]
     return f"{options[0]} is {values[-1]}: {message}" if values else f"{message} (see kvcalib --help)"
+
+
+def speaks() -> bool:
+    """Whether this is the first process of its launch, which says what all of them would say."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from kvcalib import launch  # takes torch, which `--help` does not wait for
+
+    return launch.launched_rank() == 0
 
 
 @contextlib.contextmanager
@@ -62,11 +72,11 @@ def errors() -> Iterator[None]:
 
 def _said_elsewhere(error: KvcalibError) -> bool:
     """Whether the first process of a launch has the same error and says it."""
-    if "WORLD_SIZE" not in os.environ:
+    if speaks():
         return False
     from kvcalib import launch
 
-    return launch.launched_rank() > 0 and (error.shared or not launch.met())
+    return error.shared or not launch.met()
 
 
 def _fail(message: str, code: int, said: bool = False) -> None:

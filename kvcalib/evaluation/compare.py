@@ -23,12 +23,14 @@ from transformers import PreTrainedModel
 
 from kvcalib.errors import InputError
 from kvcalib.evaluation.bootstrap import FEWEST, REPLICATES, interval
+from kvcalib.evaluation.collect import Alone, Keeper, collect, packed, unpacked
+from kvcalib.evaluation.collect import Row as Figures
 from kvcalib.evaluation.comparison import Comparison, Interval, PerSequence, Row
 from kvcalib.evaluation.contender import Contender, Unquantized
 from kvcalib.evaluation.continuation import MOST_STEP, STEP
 from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.evaluation.failures import Failures
-from kvcalib.evaluation.passes import batches, next_tokens, unquantized
+from kvcalib.evaluation.passes import next_tokens, token_ids, unquantized
 from kvcalib.evaluation.perplexity import check_finite
 from kvcalib.evaluation.provenance import machine, now, versions
 from kvcalib.evaluation.trials import Session
@@ -69,6 +71,7 @@ def compare(
     data: str = "",
     on_batch: Callable[[int], None] | None = None,
     failures: Failures | None = None,
+    keeper: Keeper | None = None,
 ) -> Comparison:
     """Measure `contenders` on `sequences [N, T]` (int64 token ids), the unquantized model in the first row.
 
@@ -77,6 +80,7 @@ def compare(
             it.
         seed: of the bootstrap. data: what the text is, for the record.
         failures: contenders in it are not run; those that fail are added, and become rows with `failed`.
+        keeper: who measures which batch, and what is measured; see `collect.py`.
 
     Raises:
         InputError: two contenders have one name. ValueError: `prompt` or `step` is out of range.
@@ -89,32 +93,19 @@ def compare(
             f"prompt is {prompt} and step {step}, expected 1 to {length - 2} of {length} tokens, and 1 to {MOST_STEP}"
         )
     failures = Failures() if failures is None else failures
+    keeper = keeper or Alone()
     everyone = [Unquantized(), *(each for each in contenders if not isinstance(each, Unquantized))]
     check_names(everyone)
-    sums = {each.name: _Sums() for each in everyone}
-    exact_bytes, done = 0.0, 0
-    for ids in batches(model, sequences, batch_size):
-        expected, exact_bytes = unquantized(model, ids)
-        expected, scored = expected[:, prompt:], ids[:, prompt:]
-        _add(sums[everyone[0].name], expected, expected, scored)
-        probe = None if done else unquantized(model, ids[:1, :_PROBE])[0]
-        for each in failures.standing(everyone[1:]):
-            mine = sums[each.name]
-            with failures.of(each):
-                with each.run(model) as session:
-                    if not done:  # of one sequence alone, which shares its positions with no other
-                        mine.bytes = _logits(each, session, ids[:1], prompt, step)[1]
-                    found, _ = _logits(each, session, ids, prompt, step)
-                _add(mine, expected, found, scored)
-                del found
-            if probe is not None:
-                _check_restored(model, ids[:1, :_PROBE], probe, each)
-        done += len(ids)
-        if on_batch is not None:
-            on_batch(done)
-    sums[everyone[0].name].bytes = exact_bytes
+    batch = _Batch(model, everyone, prompt, step, Failures(failures))
+    found = collect(keeper, sequences, batch_size, batch.measure, on_batch)
+    for part in found:  # of several reasons that of the first batch, whoever measured it
+        for name, why in part["failed"].items():
+            failures.setdefault(name, why)
+    sums = {each.name: _joined(found, each.name) for each in everyone}
+    sums[everyone[0].name].bytes = found[-1]["exact_bytes"]
     shape = (len(sequences), length - prompt)
-    rows = [_row(each, sums, failures, shape, seed, replicates) for each in everyone]
+    with keeper.step():
+        rows = [_row(each, sums, failures, shape, seed, replicates) for each in everyone]
     how = PROMPTED.format(prompt=prompt, step=step) if prompt else ONE_PASS
     return Comparison(
         model=str(model.config._name_or_path),
@@ -169,12 +160,59 @@ def _logits(contender: Contender, session: Session, ids: Tensor, prompt: int, st
     return logits, contender.nbytes(cache)
 
 
-def _add(mine: _Sums, expected: Tensor, found: Tensor, ids: Tensor) -> None:
-    """The sums of a batch: logits `[B, t, V]` of the tokens `ids [B, t]`."""
+@dataclass
+class _Batch:
+    """What measures a batch: the unquantized model once, and each of `everyone` that has not failed here."""
+
+    model: PreTrainedModel
+    everyone: Sequence[Contender]
+    prompt: int
+    step: int
+    failures: Failures
+    probed: bool = False
+
+    def measure(self, number: int, batch: np.ndarray) -> Figures:
+        """The figures of one batch, as JSON."""
+        ids = token_ids(self.model, batch)
+        expected, exact_bytes = unquantized(self.model, ids)
+        expected, scored = expected[:, self.prompt :], ids[:, self.prompt :]
+        exact, *others = self.everyone
+        known = set(self.failures)
+        found = {exact.name: _figures(expected, expected, scored)}
+        probe = None if self.probed else unquantized(self.model, ids[:1, :_PROBE])[0]
+        for each in self.failures.standing(others):
+            size = None
+            with self.failures.of(each):
+                with each.run(self.model) as session:
+                    if not number:  # of one sequence alone, which shares its positions with no other
+                        size = _logits(each, session, ids[:1], self.prompt, self.step)[1]
+                    logits, _ = _logits(each, session, ids, self.prompt, self.step)
+                found[each.name] = _figures(expected, logits, scored) | {"bytes": size}
+                del logits
+            if probe is not None:
+                _check_restored(self.model, ids[:1, :_PROBE], probe, each)
+        self.probed = True
+        failed = {name: why for name, why in self.failures.items() if name not in known}
+        return {"exact_bytes": exact_bytes, "found": found, "failed": failed}
+
+
+def _figures(expected: Tensor, found: Tensor, ids: Tensor) -> Figures:
+    """The sums of each sequence of a batch, and every position's KLD: logits `[B, t, V]` of the tokens `ids [B, t]`."""
     measured = compare_logits(expected.flatten(0, 1), found.flatten(0, 1), next_tokens(ids).flatten())
-    for name, into in (("nll", mine.nll), ("kld", mine.kld), ("agree", mine.agree)):
-        into += measured[name].view(ids.shape).sum(1).tolist()
-    mine.positions.append(measured["kld"].numpy().astype(np.float32))
+    sums = {name: measured[name].view(ids.shape).numpy().sum(1).tolist() for name in ("nll", "kld", "agree")}
+    return sums | {"positions": packed(measured["kld"].numpy())}
+
+
+def _joined(batches: Sequence[Figures], name: str) -> _Sums:
+    """The sums of a contender over all batches; of one that failed, over those before."""
+    parts = [batch["found"][name] for batch in batches if name in batch["found"]]
+    joined = _Sums(bytes=next((part["bytes"] for part in parts if part.get("bytes") is not None), 0.0))
+    for part in parts:
+        joined.nll += part["nll"]
+        joined.kld += part["kld"]
+        joined.agree += part["agree"]
+        joined.positions.append(unpacked(part["positions"]))
+    return joined
 
 
 def _check_restored(model: PreTrainedModel, ids: Tensor, before: Tensor, contender: Contender) -> None:

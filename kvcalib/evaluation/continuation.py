@@ -13,16 +13,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcalib.evaluation import heavy_hitters
+from kvcalib.evaluation import collect, heavy_hitters
+from kvcalib.evaluation.collect import Alone, Keeper
 from kvcalib.evaluation.divergence import compare_logits
 from kvcalib.evaluation.heavy_hitters import Drawn
-from kvcalib.evaluation.passes import batches, next_tokens
+from kvcalib.evaluation.passes import next_tokens, token_ids, total
 from kvcalib.evaluation.perplexity import Evaluation, check_finite
 from kvcalib.evaluation.trials import Session, Trial, cache_bytes, survivors, tokens_kept
 from kvcalib.model.rotary import Rotation
@@ -41,7 +42,7 @@ PROTOCOL = (
 
 @dataclass
 class _Sums:
-    """Of one trial, over all batches."""
+    """Of one trial, over a batch or all of them."""
 
     kld: float = 0.0
     agree: float = 0.0
@@ -80,12 +81,14 @@ def evaluate_continuations(
     prefill: Prefill = "quantized",
     prompt: float = PROMPT,
     step: int = STEP,
+    keeper: Keeper | None = None,
 ) -> list[Evaluation]:
     """Measure every trial on the continuations of `sequences [N, T]` (int64 token ids).
 
     Args:
         sinks, recent, prefill: as `attach`; `prefill` is how the prompt's pass reads.
         prompt: share of a sequence that is its prompt. step: tokens of a pass, at most 16.
+        keeper: who measures which batch, and what is measured; see `collect.py`.
 
     Raises:
         ValueError: `step` or `prompt` is out of range, a trial has no artifact. UnsupportedModel, ArtifactMismatch: as
@@ -94,34 +97,48 @@ def evaluate_continuations(
     if not 1 <= step <= MOST_STEP:
         raise ValueError(f"step is {step}, expected 1 to {MOST_STEP}: passes of more tokens are prompts to eviction")
     first = split(sequences.shape[1], prompt)
-    for trial in trials:
-        if trial.artifact is None:
-            raise ValueError("a trial has no artifact; the unquantized model is measured beside every trial")
-        check_fit(trial.artifact, model)
-    rotations: dict[int, Rotation] = prove(
-        model, sorted({i for trial in trials if trial.artifact for i in trial.artifact.quantizers})
-    )
-    exact, sums = _Sums(), [_Sums() for _ in trials]
-    done = 0
-    for ids in batches(model, sequences, batch_size):
+    keeper = keeper or Alone()
+    with keeper.step():
+        for trial in trials:
+            if trial.artifact is None:
+                raise ValueError("a trial has no artifact; the unquantized model is measured beside every trial")
+            check_fit(trial.artifact, model)
+        rotations: dict[int, Rotation] = prove(
+            model, sorted({i for trial in trials if trial.artifact for i in trial.artifact.quantizers})
+        )
+
+    def measure(_: int, batch: np.ndarray) -> collect.Row:
+        ids = token_ids(model, batch)
+        exact, sums = _Sums(), [_Sums() for _ in trials]
         drawn: dict[int, Drawn] = {}
         if any(trial.eviction is not None for trial in trials):
             drawn = heavy_hitters.exact_attention(model, rotations, ids, first)
         with Trial(None).run(model, rotations) as session:
             expected = _continue(session, ids, first, step, exact, {})
-        exact.nll += _compare(expected, expected, ids[:, first:], _Sums())
+        exact.nll = _compare(expected, expected, ids[:, first:], _Sums())
         for trial, mine in zip(trials, sums, strict=True):
             with trial.run(model, rotations, sinks, recent, prefill) as session:
                 found = _continue(session, ids, first, step, mine, drawn)
-            mine.nll += _compare(expected, found, ids[:, first:], mine)
-        done += len(ids)
-        if on_batch is not None:
-            on_batch(done)
+            mine.nll = _compare(expected, found, ids[:, first:], mine)
+        return {"exact": asdict(exact), "trials": [asdict(mine) for mine in sums]}
+
+    rows = collect.collect(keeper, sequences, batch_size, measure, on_batch)
+    exact = _joined([_Sums(**row["exact"]) for row in rows])
+    sums = [_joined([_Sums(**row["trials"][number]) for row in rows]) for number in range(len(trials))]
     shape = (*sequences.shape, first, step)
-    return [
-        _result(model, trial, mine, exact, shape, sinks, recent, prefill)
-        for trial, mine in zip(trials, sums, strict=True)
-    ]
+    with keeper.step():
+        return [
+            _result(model, trial, mine, exact, shape, sinks, recent, prefill)
+            for trial, mine in zip(trials, sums, strict=True)
+        ]
+
+
+def _joined(parts: Sequence[_Sums]) -> _Sums:
+    """The sums of all batches; what a cache holds is taken from the last one."""
+    found = replace(parts[-1], kld=sum(part.kld for part in parts), agree=sum(part.agree for part in parts))
+    for name in ("nll", "overlap", "captured", "seconds"):
+        setattr(found, name, [x for part in parts for x in getattr(part, name)])
+    return found
 
 
 def _continue(session: Session, ids: Tensor, first: int, step: int, mine: _Sums, drawn: dict[int, Drawn]) -> Tensor:
@@ -145,9 +162,9 @@ def _compare(expected: Tensor, found: Tensor, ids: Tensor, mine: _Sums) -> list[
     """NLL of each row's tokens, nats per token; KLD and agreement go into `mine`."""
     targets = next_tokens(ids)
     measured = compare_logits(expected.flatten(0, 1), found.flatten(0, 1), targets.flatten())
-    mine.kld += float(measured["kld"].sum())
-    mine.agree += float(measured["agree"].sum())
-    nll: list[float] = (measured["nll"].view(targets.shape).sum(1) / (targets.shape[1] - 1)).tolist()
+    mine.kld += total(measured["kld"])
+    mine.agree += total(measured["agree"])
+    nll: list[float] = (measured["nll"].view(targets.shape).numpy().sum(1) / (targets.shape[1] - 1)).tolist()
     return nll
 
 

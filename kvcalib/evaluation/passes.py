@@ -16,8 +16,17 @@ from kvcalib.model.loading import input_device
 def batches(model: PreTrainedModel, sequences: np.ndarray, size: int) -> Iterator[Tensor]:
     """`sequences [N, T]` (int64 token ids), `size` rows at a time, where the model wants them."""
     for start in range(0, len(sequences), size):
-        ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + size])).long()
-        yield ids.to(input_device(model))
+        yield token_ids(model, sequences[start : start + size])
+
+
+def token_ids(model: PreTrainedModel, sequences: np.ndarray) -> Tensor:
+    """`sequences [B, T]` (int64 token ids) where the model wants them."""
+    return torch.from_numpy(np.ascontiguousarray(sequences)).long().to(input_device(model))
+
+
+def total(x: Tensor) -> float:
+    """Sum of `x` on the CPU, in an order that does not depend on the number of threads, as torch's own would."""
+    return float(x.numpy().sum())
 
 
 def next_tokens(ids: Tensor) -> Tensor:

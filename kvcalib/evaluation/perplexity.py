@@ -25,8 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from kvcalib.errors import NonFiniteActivations
+from kvcalib.evaluation import collect
+from kvcalib.evaluation.collect import Alone, Keeper
 from kvcalib.evaluation.divergence import compare_logits
-from kvcalib.evaluation.passes import batches, next_tokens, unquantized
+from kvcalib.evaluation.passes import next_tokens, token_ids, total, unquantized
 from kvcalib.model.rotary import Rotation
 from kvcalib.runtime.loader import Artifact, Prefill, attach, check_fit, detach, prove
 from kvcalib.runtime.tiers import Adaptive
@@ -99,6 +101,7 @@ def evaluate(
     prefill: Prefill = "quantized",
     step: int | None = None,
     adaptive: Adaptive | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Evaluation]:
     """Measure every artifact on `sequences [N, T]` (int64 token ids); the unquantized logits are computed once.
 
@@ -106,55 +109,56 @@ def evaluate(
         prefill, step: see the module; `step` makes `prefill` "exact" for every pass.
         adaptive: measured as one more result, attached with the first artifact; `step` is then 1 if None, and `recent`
             for all as long as the module says, if None.
+        keeper: who measures which batch, and what is measured; see `collect.py`.
 
     Raises:
         UnsupportedModel, ArtifactMismatch: as `attach`. NonFiniteActivations: the logits have NaN or infinities.
     """
-    for artifact in artifacts:
-        check_fit(artifact, model)
+    keeper = keeper or Alone()
     measured: list[tuple[Artifact, Adaptive | None]] = [(artifact, None) for artifact in artifacts]
     if adaptive is not None:
         measured.append((artifacts[0], adaptive))
         step = 1 if step is None else step
         recent = adaptive.rule.window + step - 1 if recent is None else recent
     prefill = "exact" if step else prefill
-    rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
-    sums = [dict.fromkeys(("kld", "agree", "expected_nll", "nll"), 0.0) for _ in measured]
-    held: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)] * len(measured)
-    exact_bytes = 0.0
+    with keeper.step():
+        for artifact in artifacts:
+            check_fit(artifact, model)
+        rotations: dict[int, Rotation] = prove(model, sorted({i for a in artifacts for i in a.quantizers}))
     first = sequences.shape[1] // 2 if prefill == "exact" and not step else 0
-    done = 0
-    for ids in batches(model, sequences, batch_size):
+
+    @torch.no_grad()
+    def measure(_: int, batch: np.ndarray) -> collect.Row:
+        ids = token_ids(model, batch)
         targets = next_tokens(ids[:, first:]).flatten()
-        with torch.no_grad():
-            logits, exact_bytes = unquantized(model, ids)
-            expected = logits[:, first:].flatten(0, 1)
-            del logits
-            for number, (artifact, widths) in enumerate(measured):
-                chosen = {layer: rotations[layer] for layer in artifact.quantizers}
-                attachment = attach(model, artifact, sinks, recent, chosen, prefill, widths)
-                try:
-                    cache = attachment.make_cache()
-                    if first:
-                        model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
-                        attachment.prefill = "quantized"
-                    passes = torch.split(ids[:, first:], step or ids.shape[1], 1)
-                    found = torch.cat([model(input_ids=part, past_key_values=cache).logits for part in passes], 1)
-                finally:
-                    detach(model)
-                held[number] = (cache.nbytes() / len(ids), cache.effective_bits(), cache.host_nbytes() / len(ids))
-                for name, values in compare_logits(expected, found.flatten(0, 1), targets).items():
-                    sums[number][name] += float(values.sum())
-        done += len(ids)
-        if on_batch is not None:
-            on_batch(done)
-    return [
-        _result(
-            model, artifact, sequences[:, first:], total, size, exact_bytes, sinks, recent, prefill, sequences.shape[1],
-            step, widths,
-        )
-        for (artifact, widths), total, size in zip(measured, sums, held, strict=True)
-    ]  # fmt: skip
+        logits, exact_bytes = unquantized(model, ids)
+        expected = logits[:, first:].flatten(0, 1)
+        del logits
+        row: collect.Row = {"exact_bytes": exact_bytes, "measured": []}
+        for artifact, widths in measured:
+            chosen = {layer: rotations[layer] for layer in artifact.quantizers}
+            attachment = attach(model, artifact, sinks, recent, chosen, prefill, widths)
+            try:
+                cache = attachment.make_cache()
+                if first:
+                    model(input_ids=ids[:, :first], past_key_values=cache, logits_to_keep=1)
+                    attachment.prefill = "quantized"
+                passes = torch.split(ids[:, first:], step or ids.shape[1], 1)
+                found = torch.cat([model(input_ids=part, past_key_values=cache).logits for part in passes], 1)
+            finally:
+                detach(model)
+            held = [cache.nbytes() / len(ids), cache.effective_bits(), cache.host_nbytes() / len(ids)]
+            compared = compare_logits(expected, found.flatten(0, 1), targets)
+            row["measured"].append({name: total(values) for name, values in compared.items()} | {"held": held})
+        return row
+
+    rows = collect.collect(keeper, sequences, batch_size, measure, on_batch)
+    shape = (*sequences[:, first:].shape, sequences.shape[1])
+    with keeper.step():
+        return [
+            _result(model, artifact, shape, rows, number, sinks, recent, prefill, step, widths)
+            for number, (artifact, widths) in enumerate(measured)
+        ]
 
 
 def check_finite(nll: float, exact_nll: float) -> None:
@@ -167,19 +171,22 @@ def check_finite(nll: float, exact_nll: float) -> None:
 def _result(
     model: PreTrainedModel,
     artifact: Artifact,
-    sequences: np.ndarray,
-    total: dict[str, float],
-    held: tuple[float, float, float],
-    exact_bytes: float,
+    shape: tuple[int, int, int],
+    rows: Sequence[collect.Row],
+    number: int,
     sinks: int | None,
     recent: int | None,
     prefill: Prefill,
-    seq_len: int,
     step: int | None,
     adaptive: Adaptive | None,
 ) -> Evaluation:
-    positions, predicted = sequences.size, sequences.shape[0] * (sequences.shape[1] - 1)
-    nll, exact_nll = total["nll"] / predicted, total["expected_nll"] / predicted
+    """Measures of what stands at `number` of each batch; `shape` is sequences, scored positions of each, tokens."""
+    count, scored, seq_len = shape
+    mine = [row["measured"][number] for row in rows]
+    positions, predicted = count * scored, count * (scored - 1)
+    summed = {name: sum(batch[name] for batch in mine) for name in ("kld", "agree", "expected_nll", "nll")}
+    held, exact_bytes = mine[-1]["held"], rows[-1]["exact_bytes"]
+    nll, exact_nll = summed["nll"] / predicted, summed["expected_nll"] / predicted
     check_finite(nll, exact_nll)
     # Adaptive widths have a budget of their own, not that of the artifact they are attached with.
     default, budget = artifact.manifest.runtime, None if adaptive else artifact.manifest.budget
@@ -189,8 +196,8 @@ def _result(
         ppl=math.exp(min(nll, 700.0)),
         fp16_nll=exact_nll,
         delta_nll=nll - exact_nll,
-        kld=total["kld"] / positions,
-        top1_agreement=total["agree"] / positions,
+        kld=summed["kld"] / positions,
+        top1_agreement=summed["agree"] / positions,
         effective_bits=held[1],
         budget=None if budget is None else budget.asked,
         long_cache_bits=None if budget is None else budget.planned,

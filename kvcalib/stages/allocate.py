@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
@@ -21,6 +22,7 @@ from kvcalib.allocation.fisher import Per
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_bytes, write_tensors
+from kvcalib.launch import Launch
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.report.allocation import Layer, allocation_plot
 from kvcalib.rundir import ALLOCATION, ALLOCATION_PLOT, CALIBRATION, CODEBOOKS, RunDir
@@ -37,11 +39,12 @@ from kvcalib.stages.allocators import (
     measured_tables,
     predicted,
 )
-from kvcalib.stages.check import Candidate, Checked, candidates, measure, proposers
+from kvcalib.stages.check import PARTS, Candidate, Checked, candidates, measure, proposers
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Option, Options
 from kvcalib.stages.measure import MeasureSettings, Subject, isolated, text_id
 from kvcalib.stages.options import POSITION_BITS, row_bits, within
 from kvcalib.stages.progress import note
+from kvcalib.stages.threads import one_thread, threads
 
 STAGE_VERSION = 4
 CURVE = tuple(step / 4 for step in range(2, 25))
@@ -50,6 +53,7 @@ CURVE = tuple(step / 4 for step in range(2, 25))
 RETRIES = 8
 """Into how many parts the bits that whole words took are cut, to find the plan that leaves the least unused."""
 
+NEEDED = ("stages/fisher.json", CALIBRATION, "stages/fit-nuq.json", CODEBOOKS, "stages/allocate.json", ALLOCATION)
 Method = Literal["fisher", "kl", "qaq"]
 Widths = dict[Name, Tensor]
 
@@ -143,6 +147,7 @@ def run(
     check: int = 0,
     plot: Path | None = None,
     model: Any = None,
+    here: Launch | None = None,
 ) -> tuple[Allocation, Widths]:
     """Choose widths and write them into the run, and their plot beside them.
 
@@ -151,75 +156,122 @@ def run(
         check: how many plans are measured on held-out text, the best of which is kept; 0 for none.
         plot: where the plot goes; `allocation.svg` in the run if None.
         model: the loaded model, where the caller has it already.
+        here: the processes that share what is measured; all of them call this, and work out the same plan from it,
+            which the first one writes. This one alone if None.
 
     Raises:
         InputError: the budget is below the smallest plan or above the largest one; says which they are. The text or the
             model to measure with is missing. ArtifactMismatch: the model is another one than was calibrated.
     """
-    codebooks = Codebooks.load(run_dir)
-    layers = _quantized(codebooks, settings)
-    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-    recorded = {**settings.model_dump(mode="json"), "codebooks": _codebooks_hash(run_dir), "check": check}
-    recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
-    subject, texts = None, {}
-    if settings.method == "kl" or check:
-        subject = Subject(calibration.info, measuring or MeasureSettings(), model)
-        if settings.method == "kl":
-            texts["kl"] = subject.sequences()
-        if check:
-            texts["check"] = subject.sequences(after=len(texts.get("kl", ())))
-        recorded |= {f"{name}_text": [text_id(ids) for ids in found] for name, found in texts.items()}
-    with run_dir.lock():
-        if run_dir.up_to_date("allocate", recorded):
+    here = here or Launch()
+    here.supply(run_dir.path, NEEDED)
+    with here.holding("allocate", run_dir.lock), one_thread() as usual:
+        with here.step("allocate"):
+            work = _Work(run_dir, settings, check, here)
+            if settings.method == "kl" or check:
+                work.read(Subject(work.calibration.info, measuring or MeasureSettings(), model, here))
+            done = here.first and run_dir.up_to_date("allocate", work.recorded)
+        if here.same(done):
             note("allocate: up to date")
-            allocation, widths = load(run_dir)
+            with here.step("allocate"):
+                found, widths = load(run_dir)
         else:
-            by_solver = settings.budget is not None and settings.method != "qaq"
+            found, widths = work.plan(usual)
+        with here.step("allocate"):
+            if here.first:
+                if not done:
+                    work.write(found, widths)
+                write_bytes(plot or run_dir.file(ALLOCATION_PLOT), drawing(found).encode())
+        if check:
+            here.in_turn("allocate", lambda: run_dir.drop_parts(PARTS))
+    return found, widths
+
+
+class _Work:
+    """What one call of the stage has read, and its plan.
+
+    Attributes:
+        recorded: everything that the plan depends on.
+    """
+
+    def __init__(self, run_dir: RunDir, settings: AllocateSettings, check: int, here: Launch) -> None:
+        self.run_dir, self.settings, self.check, self.here = run_dir, settings, check, here
+        self.codebooks = Codebooks.load(run_dir)
+        self.layers = _quantized(self.codebooks, settings)
+        self.calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+        self.recorded = {**settings.model_dump(mode="json"), "codebooks": _codebooks_hash(run_dir), "check": check}
+        self.recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
+        self.subject: Subject | None = None
+        self.texts: dict[str, np.ndarray] = {}
+
+    def read(self, subject: Subject) -> None:
+        """The texts that are measured on."""
+        self.subject = subject
+        if self.settings.method == "kl":
+            self.texts["kl"] = subject.sequences()
+        if self.check:
+            self.texts["check"] = subject.sequences(after=len(self.texts.get("kl", ())))
+        self.recorded |= {f"{name}_text": [text_id(ids) for ids in found] for name, found in self.texts.items()}
+
+    def plan(self, usual: int) -> tuple[Allocation, Widths]:
+        """The plan, measured where the settings ask for it, with `usual` threads; else with one."""
+        settings, calibration, layers = self.settings, self.calibration, self.layers
+        others: dict[str, Allocator] = {}
+        with self.here.step("allocate"):
+            codebooks, by_solver = self.codebooks, settings.budget is not None and settings.method != "qaq"
             if by_solver:
                 codebooks = within(
                     codebooks, calibration, layers, settings.budget or 0.0, settings.per, settings.group
                 ).codebooks
             tables = loss_tables(codebooks, calibration, layers)
-            others = {}
-            if settings.method == "kl" and subject is not None:
-                others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
-                tables = measured_tables(tables, isolated(run_dir, codebooks, layers, subject, texts["kl"]))
+        if "kl" in self.texts and self.subject is not None:
+            others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
+            with threads(usual):
+                kl = isolated(self.run_dir, codebooks, layers, self.subject, self.texts["kl"], here=self.here)
+            tables = measured_tables(tables, kl)
+        with self.here.step("allocate"):
             propose = _method(settings, codebooks, calibration, tables)
             if by_solver:
                 plan, widths, bits = _spent(codebooks, calibration, tables, settings)
             else:
                 plan, widths, bits = fit(propose, codebooks, settings)
-            bound, rows = plan.bound, list[Checked]()
-            if check and subject is not None:
+        bound, rows = plan.bound, list[Checked]()
+        if "check" in self.texts and self.subject is not None:
+            with self.here.step("allocate"):
                 own = Candidate(settings.title, plan, widths, bits, plan.loss)
                 others |= proposers(tables, settings.per, settings.group)
                 if settings.method == "qaq":
                     others[f"fisher per {settings.per}"] = by_loss(tables, settings.per, settings.group)
                 elif all(shape.scaling is not None for shape in calibration.info.layers):
                     others["qaq per head"] = by_qaq(codebooks, calibration, tables, "head")
-                found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, check)
-                best, rows = measure(run_dir, found, codebooks, subject, texts["check"])
-                plan, widths, bits = best.plan, best.widths, best.bits
-            losses = predicted(tables, plan.widths)
-            elements = sum(w.numel() for w in plan.widths.values())
-            allocation = Allocation(
-                settings=settings,
-                codebooks=_codebooks_hash(run_dir),
-                mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
-                effective_bits=bits,
-                loss=sum(losses.values()),
-                bound=bound,
-                curve=_curve(propose, elements),
-                layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
-                key_options={layer: codebooks.option(layer, "key") for layer in codebooks.layers},
-                value_options={layer: codebooks.option(layer, "value") for layer in codebooks.layers},
-                checked=rows,
-            )
-            tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
-            write_tensors(run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
-            run_dir.finish("allocate", recorded, [ALLOCATION])
-        write_bytes(plot or run_dir.file(ALLOCATION_PLOT), drawing(allocation).encode())
-    return allocation, widths
+                found = candidates(own, others, lambda p: fit(p, codebooks, settings), tables, self.check)
+            with threads(usual):
+                of = self.recorded | self.subject.settings.model_dump(mode="json")
+                given = (codebooks, self.subject, self.texts["check"], of, self.here)
+                best, rows = measure(self.run_dir, found, *given)
+            plan, widths, bits = best.plan, best.widths, best.bits
+        losses = predicted(tables, plan.widths)
+        elements = sum(w.numel() for w in plan.widths.values())
+        allocation = Allocation(
+            settings=settings,
+            codebooks=_codebooks_hash(self.run_dir),
+            mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
+            effective_bits=bits,
+            loss=sum(losses.values()),
+            bound=bound,
+            curve=_curve(propose, elements),
+            layers=[_layer_plan(layer, widths, losses) for layer in codebooks.layers],
+            key_options={layer: codebooks.option(layer, "key") for layer in codebooks.layers},
+            value_options={layer: codebooks.option(layer, "value") for layer in codebooks.layers},
+            checked=rows,
+        )
+        return allocation, widths
+
+    def write(self, allocation: Allocation, widths: Widths) -> None:
+        """Write the plan into the run."""
+        tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
+        write_tensors(self.run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
+        self.run_dir.finish("allocate", self.recorded, [ALLOCATION])
 
 
 def _method(settings: AllocateSettings, codebooks: Codebooks, calibration: Calibration, tables: Tables) -> Allocator:

@@ -28,6 +28,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Options, Role, predicted_total
 from kvcalib.stages.friendliness import measure
+from kvcalib.stages.threads import threads
 
 
 def run(
@@ -74,7 +75,9 @@ def run(
         pairs: dict[Role, Tensor | None] = {"key": torch.tensor(rope_pairs(shape.partner)), "value": None}
         for role in ROLES:
             quantizer = codebooks.quantizer(layer, role, chosen[role])
-            specs[role] = _spec(quantizer, predicted_total(codebooks, layer, role, chosen[role]), pairs[role])
+            with threads(1):
+                loss = predicted_total(codebooks, layer, role, chosen[role])
+            specs[role] = _spec(quantizer, loss, pairs[role])
             tensors.update(quantizer_tensors(quantizer, f"layers.{layer}.{role}"))
         layers.append(
             LayerSpec(

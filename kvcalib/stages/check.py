@@ -9,7 +9,8 @@ wrong, the best plan lies near the predicted one. So beside the method's own pla
 - the other methods whose inputs are there.
 
 The N with the least loss, as the chosen method predicts it, are built and evaluated on held-out text through the packed
-runtime. The least KLD wins.
+runtime. The least KLD wins. The processes of a launch share the sequences, and batches that are done are kept in the
+run's `parts` until the plan is written.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +28,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvcalib.allocation.fisher import Per
 from kvcalib.errors import InputError
 from kvcalib.evaluation.perplexity import evaluate
+from kvcalib.launch import Launch
 from kvcalib.rundir import RunDir
 from kvcalib.runtime.loader import load
 from kvcalib.stages import build
 from kvcalib.stages.allocators import Allocator, Name, Proposal, Tables, by_loss, predicted, weighted
 from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.kept import Kept
 from kvcalib.stages.measure import Subject
 from kvcalib.stages.progress import progress
 
+PARTS = "check"
 TILT = 2.0
 COARSER: dict[Per, tuple[Per, ...]] = {"channel": ("head", "layer"), "head": ("layer",), "layer": ()}
 
@@ -99,18 +104,38 @@ def candidates(
 
 
 def measure(
-    run_dir: RunDir, found: list[Candidate], codebooks: Codebooks, subject: Subject, sequences: np.ndarray
+    run_dir: RunDir,
+    found: list[Candidate],
+    codebooks: Codebooks,
+    subject: Subject,
+    sequences: np.ndarray,
+    of: dict[str, Any],
+    here: Launch,
 ) -> tuple[Candidate, list[Checked]]:
-    """Build and evaluate every candidate, all under the codebooks' options; the one of least KLD, and the table."""
+    """Build and evaluate every candidate, all under the codebooks' options; the one of least KLD, and the table.
+
+    Args:
+        of: what the candidates and the text follow from; batches that were measured for the same are not again.
+        here: the processes that share the sequences; all of them call this.
+    """
     options = {(layer, role): codebooks.option(layer, role) for layer in codebooks.layers for role in ROLES}
-    with tempfile.TemporaryDirectory(dir=run_dir.path, prefix=".check-") as folder:
-        artifacts = []
-        for number, candidate in enumerate(found):
-            path = Path(folder) / str(number)
-            build.run(run_dir, path, widths=candidate.widths, options=options)
-            artifacts.append(load(path))
+    with here.step("check"):
+        model = subject.model
+    kept = here.in_turn("check", lambda: run_dir.parts(PARTS, of, discard=True)) / "measured.jsonl"
+    shared = here.shares(run_dir.path)
+    with tempfile.TemporaryDirectory(dir=run_dir.path, prefix=".check-") as own:
+        folder = Path(here.same(own)) if shared else Path(own)
+        with here.step("check"):
+            for number, candidate in enumerate(found):
+                if here.first or not shared:
+                    build.run(run_dir, folder / str(number), widths=candidate.widths, options=options)
+        with here.step("check"):
+            artifacts = [load(folder / str(number)) for number in range(len(found))]
         with progress("check", len(sequences), "sequences") as show:
-            results = evaluate(subject.model, artifacts, sequences, batch_size=subject.batch_size, on_batch=show)
+            results = evaluate(
+                model, artifacts, sequences, batch_size=subject.batch_size, on_batch=show,
+                keeper=Kept(here, kept, of, "check"),
+            )  # fmt: skip
     best = min(range(len(found)), key=lambda i: results[i].kld)
     rows = [
         Checked(

@@ -1,7 +1,9 @@
 """Stage `eval --compare`: artifacts and baselines on one model and text, to a table and one JSON.
 
 `run` measures text as `evaluation/compare.py` says, and recall, greedy generations and costs where asked. `run_task`
-measures one of recall and greedy alone. Nothing is resumed; the JSON is written whole at the end.
+measures one of recall and greedy alone. Batches of text are shared out over the processes of a launch and kept beside
+the JSON (`kept.py`); what is no text is measured by the first process alone, anew each time: its trials are few, and
+times of processes that share a machine would say little.
 """
 
 from __future__ import annotations
@@ -29,14 +31,23 @@ from kvcalib.evaluation.passes import batches
 from kvcalib.evaluation.passkey import DIGITS, Needle
 from kvcalib.evaluation.provenance import machine, now, versions
 from kvcalib.files import write_json
+from kvcalib.launch import Launch
 from kvcalib.model.identity import HARD, identify
 from kvcalib.model.loading import load_tokenizer
 from kvcalib.model.text import token_sequences
-from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.rundir import CALIBRATION, RunDir, fingerprint
 from kvcalib.runtime.loader import Artifact, check_fit
 from kvcalib.stages import calibrated
-from kvcalib.stages.evaluate import EvalSettings, check_budgets, check_json, loaded_artifacts, loaded_model
+from kvcalib.stages.evaluate import (
+    EvalSettings,
+    check_budgets,
+    check_json,
+    loaded_artifacts,
+    loaded_model,
+    subject_of,
+)
 from kvcalib.stages.fisher import check_vocabulary
+from kvcalib.stages.kept import Kept, beside
 from kvcalib.stages.progress import note, progress
 from kvcalib.stages.tasks import Harness, TaskSettings
 
@@ -87,29 +98,55 @@ def run(
     options: CompareSettings,
     json_path: Path | None = None,
     model: Any = None,
+    launch: Launch | None = None,
 ) -> Comparison:
     """Compare `artifacts` and `options.specs` with the unquantized model, and with each other; writes `json_path`.
 
+    Args:
+        json_path: None to write nothing; then nothing is kept either, and a stopped comparison begins anew.
+        launch: the processes that share the batches of text; all of them call this. What is no text only the first one
+            measures, and has in its result. This one alone if None.
+
     Raises:
         InputError: settings that do not go together, a spec that is none, or not one contender could be measured.
-        ArtifactMismatch: an artifact was built for another model.
+        ArtifactMismatch: an artifact was built for another model. FolderInUse: beside `json_path` lies another
+            unfinished measurement; names what differs.
     """
-    _check_one_pass(settings)
-    harness = None if options.tasks is None else Harness(options.tasks, model_name, settings.seq_len)
-    here = _prepare(artifacts, model_name, settings, options, json_path, model)
-    if options.costs and settings.seq_len < SHORTEST:
-        raise InputError(f"--costs needs sequences of at least {SHORTEST} tokens, --seq-len is {settings.seq_len}")
-    if options.greedy is not None:
-        greedy.room(here.model, settings.seq_len // 2, options.greedy)
-    prompt = split(settings.seq_len, settings.prompt or PROMPT) if settings.evicts else 0
-    with progress("compare", len(here.sequences), "sequences") as show:
-        found = compare(
-            here.model, here.contenders, here.sequences, here.batch_size, prompt, settings.step or STEP, settings.seed,
-            data=settings.data, on_batch=show, failures=here.failures,
-        )  # fmt: skip
-    standing = here.failures.standing(here.contenders)
-    if not standing or (len(here.contenders) > 1 and all(isinstance(each, Unquantized) for each in standing)):
-        raise InputError(f"no contender could be measured; {'; '.join(found.notes)}")
+    launch = launch or Launch()
+    harness: Harness | None = None
+    with launch.step("eval"):
+        _check_one_pass(settings)
+        if options.tasks is not None and launch.first:
+            harness = Harness(options.tasks, model_name, settings.seq_len)
+        here = _prepare(artifacts, model_name, settings, options, json_path, model, launch)
+        if options.costs and settings.seq_len < SHORTEST:
+            raise InputError(f"--costs needs sequences of at least {SHORTEST} tokens, --seq-len is {settings.seq_len}")
+        if options.greedy is not None:
+            greedy.room(here.model, settings.seq_len // 2, options.greedy)
+        prompt = split(settings.seq_len, settings.prompt or PROMPT) if settings.evicts else 0
+        of = _subject(here)
+    with Kept(launch, beside(json_path), of) as keeper:
+        with progress("compare", len(here.sequences), "sequences") as show:
+            found = compare(
+                here.model, here.contenders, here.sequences, here.batch_size, prompt, settings.step or STEP,
+                settings.seed, data=settings.data, on_batch=show, failures=here.failures, keeper=keeper,
+            )  # fmt: skip
+        with launch.step("eval"):
+            standing = here.failures.standing(here.contenders)
+            if not standing or (len(here.contenders) > 1 and all(isinstance(each, Unquantized) for each in standing)):
+                keeper.forget()
+                raise InputError(f"no contender could be measured; {'; '.join(found.notes)}")
+            result = found
+            if launch.first:
+                result = _with_extras(found, here, harness, model_name)
+                if json_path is not None:
+                    write_json(json_path, result.model_dump(mode="json"))
+    return result
+
+
+def _with_extras(found: Comparison, here: _Setting, harness: Harness | None, model_name: str) -> Comparison:
+    """The comparison of text, and beside it what else was asked for."""
+    options = here.options
     told = set(here.failures)
     extras: dict[str, dict[str, Any]] = {each.name: {} for each in here.contenders}
     if options.recall:
@@ -125,7 +162,7 @@ def run(
             given = (here.model, here.tokenizer, here.contenders, here.failures, here.batch_size, show)
             _merge(extras, "tasks", harness.run(*given))
     late = [f"{name}: not measured further: {why}" for name, why in here.failures.items() if name not in told]
-    result = found.model_copy(
+    return found.model_copy(
         update={
             "model": model_name,
             "rows": [_with(row, extras.get(row.name, {})) for row in found.rows],
@@ -133,9 +170,16 @@ def run(
             "notes": [*found.notes, *here.notes, *late],
         }
     )
-    if json_path is not None:
-        write_json(json_path, result.model_dump(mode="json"))
-    return result
+
+
+def _subject(here: _Setting) -> dict[str, Any]:
+    """Everything that the figures of a batch depend on."""
+    artifacts = [each.artifact for each in here.contenders if isinstance(each, ArtifactContender)]
+    run = here.options.run
+    return subject_of(here.model, artifacts, here.sequences, here.settings, here.batch_size) | {
+        "compared": [[each.name, each.settings] for each in here.contenders],
+        "calibration": None if run is None else fingerprint(RunDir(run).settings("fisher")),
+    }
 
 
 def run_task(
@@ -221,6 +265,7 @@ def _prepare(
     options: CompareSettings,
     json_path: Path | None,
     model: Any,
+    launch: Launch | None = None,
 ) -> _Setting:
     check_json(json_path)
     if settings.adaptive is not None:
@@ -242,7 +287,7 @@ def _prepare(
     for spec in options.specs:
         if spec not in needing:
             find(spec)  # before a model is loaded
-    model = model if model is not None else loaded_model(model_name, settings)
+    model = model if model is not None else loaded_model(model_name, settings, launch)
     check_vocabulary(model, sequences, settings.data)
     check_budgets(model, settings)
     for artifact in loaded:

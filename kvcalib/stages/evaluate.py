@@ -1,24 +1,30 @@
 """Stage `eval`: artifacts, a model and text to measures.
 
 `run` measures text: perplexity as `evaluation/perplexity.py` says, or, where tokens are evicted, continuations as
-`evaluation/continuation.py` says. `run_summaries` and `run_passkey` are the other tasks.
+`evaluation/continuation.py` says. Its batches are shared out over the processes of a launch and kept beside the JSON
+until that is written (`kept.py`). `run_summaries` and `run_passkey` are the other tasks, of one process.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kvcalib import __version__
 from kvcalib.errors import InputError
 from kvcalib.evaluation.continuation import MOST_STEP, PROMPT, STEP, evaluate_continuations
 from kvcalib.evaluation.passkey import Passkey, evaluate_passkey, make_needles
 from kvcalib.evaluation.perplexity import Evaluation, evaluate
 from kvcalib.evaluation.summaries import Summaries, evaluate_summaries, read_articles
 from kvcalib.evaluation.trials import Trial
-from kvcalib.files import write_json
+from kvcalib.files import hash_bytes, write_json
+from kvcalib.launch import Launch
+from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.runtime.adaptive import KeepExact
@@ -27,6 +33,7 @@ from kvcalib.runtime.loader import Artifact, Prefill, check_fit, load, longest_c
 from kvcalib.runtime.policies import Policy, QHitter, find
 from kvcalib.runtime.tiers import Adaptive, load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
+from kvcalib.stages.kept import Kept, beside
 from kvcalib.stages.progress import note, progress
 
 TASKS = ("text", "summaries", "passkey")
@@ -131,39 +138,75 @@ def run(
     settings: EvalSettings,
     json_path: Path | None = None,
     model: Any = None,
+    here: Launch | None = None,
 ) -> list[Evaluation]:
-    """Measure `artifacts` on one model and text; writes a JSON object (a list for several) to `json_path`."""
-    check_json(json_path)
-    loaded = loaded_artifacts(artifacts)
-    adaptive = _adaptive(settings)
-    tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
-    sequences = token_sequences(
-        settings.data, tokenizer, settings.samples, settings.seq_len, "evaluate", settings.seed, settings.skip
-    )
-    if len(sequences) < settings.samples:
-        note(f"eval: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
-    model = model if model is not None else loaded_model(model_name, settings)
-    check_vocabulary(model, sequences, settings.data)
-    check_budgets(model, settings)
-    batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
-    with progress("eval", len(sequences), "sequences") as show:
-        if settings.evicts:
-            step = settings.step or STEP
-            recent, prefill = settings.recent_tokens, settings.prefill
-            if adaptive is not None:
-                # All read the same tokens exactly; see `evaluation/perplexity.py`.
-                recent, prefill = adaptive.rule.window + step - 1, "exact"
-            results = evaluate_continuations(
-                model, trials(loaded, settings, adaptive), sequences, settings.sinks, recent, batch_size, show,
-                prefill, settings.prompt or PROMPT, step,
-            )  # fmt: skip
-        else:
-            results = evaluate(
-                model, loaded, sequences, settings.sinks, settings.recent_tokens, batch_size, show, settings.prefill,
-                settings.step, adaptive,
-            )  # fmt: skip
-    _write(json_path, results)
+    """Measure `artifacts` on one model and text; writes a JSON object (a list for several) to `json_path`.
+
+    Args:
+        json_path: None to write nothing; then nothing is kept either, and a stopped measurement begins anew.
+        model: the loaded model, where the caller has it already.
+        here: the processes that share the batches; all of them call this and get all results, the first one writes
+            them. This one alone if None.
+
+    Raises:
+        FolderInUse: beside `json_path` lies another unfinished measurement; names what differs.
+    """
+    here = here or Launch()
+    with here.step("eval"):
+        check_json(json_path)
+        loaded = loaded_artifacts(artifacts)
+        adaptive = _adaptive(settings)
+        tokenizer = load_tokenizer(model_name, settings.revision, settings.trust_remote_code)
+        sequences = token_sequences(
+            settings.data, tokenizer, settings.samples, settings.seq_len, "evaluate", settings.seed, settings.skip
+        )
+        if len(sequences) < settings.samples:
+            note(f"eval: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
+        model = model if model is not None else loaded_model(model_name, settings, here)
+        check_vocabulary(model, sequences, settings.data)
+        check_budgets(model, settings)
+        batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
+        more = {"adaptive": None if adaptive is None else adaptive.describe()}
+        of = subject_of(model, loaded, sequences, settings, batch_size) | more
+    with Kept(here, beside(json_path), of) as keeper:
+        with progress("eval", len(sequences), "sequences") as show:
+            if settings.evicts:
+                step = settings.step or STEP
+                recent, prefill = settings.recent_tokens, settings.prefill
+                if adaptive is not None:
+                    # All read the same tokens exactly; see `evaluation/perplexity.py`.
+                    recent, prefill = adaptive.rule.window + step - 1, "exact"
+                results = evaluate_continuations(
+                    model, trials(loaded, settings, adaptive), sequences, settings.sinks, recent, batch_size, show,
+                    prefill, settings.prompt or PROMPT, step, keeper,
+                )  # fmt: skip
+            else:
+                results = evaluate(
+                    model, loaded, sequences, settings.sinks, settings.recent_tokens, batch_size, show,
+                    settings.prefill, settings.step, adaptive, keeper,
+                )  # fmt: skip
+        with here.step("eval"):
+            if here.first:
+                _write(json_path, results)
     return results
+
+
+def subject_of(
+    model: Any, artifacts: Sequence[Artifact], sequences: np.ndarray, settings: EvalSettings, batch_size: int
+) -> dict[str, Any]:
+    """Everything that the figures of a batch depend on, as JSON."""
+    elsewhere = {"dtype", "device", "batch_size", "revision", "trust_remote_code", "adaptive"}
+    identity = identify(model)
+    return settings.model_dump(mode="json", exclude=elsewhere) | {
+        "version": __version__,
+        "artifacts": [hash_bytes(artifact.manifest.encode()) for artifact in artifacts],
+        "weights_sha256": identity.weights_sha256,
+        "rope_parameters_sha256": identity.rope_parameters_sha256,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch_size": batch_size,
+        "token_ids_sha256": hashlib.sha256(sequences.astype("<i8").tobytes()).hexdigest(),
+    }
 
 
 def run_summaries(
@@ -243,9 +286,10 @@ def _adaptive(settings: EvalSettings) -> Adaptive | None:
     return None
 
 
-def loaded_model(name: str, settings: EvalSettings) -> Any:
-    """The model, as the settings say."""
-    return load_model(name, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
+def loaded_model(name: str, settings: EvalSettings, here: Launch | None = None) -> Any:
+    """The model, as the settings say, on this process's own device if they leave it open."""
+    device = (here or Launch()).own_device(settings.device)
+    return load_model(name, settings.dtype, device, settings.revision, settings.trust_remote_code)
 
 
 def check_budgets(model: Any, settings: EvalSettings) -> None:

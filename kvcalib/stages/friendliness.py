@@ -7,6 +7,7 @@ the calibration file and the codebooks; `build` writes the same figures, at its 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from kvcalib.report.friendliness import LayerPoint, friendliness_plot
 from kvcalib.rundir import CALIBRATION, CODEBOOKS, FRIENDLINESS, FRIENDLINESS_PLOT, RunDir
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Role, exact_dtype, predicted_total, sample_without_sinks
 from kvcalib.stages.progress import note, progress
+from kvcalib.stages.threads import by_layer
 
 WIDTHS = (2, 3, 4, 8)
 STAGE_VERSION = 2
@@ -171,8 +173,14 @@ def measure(
 
     Args:
         weigh: whether to find alpha and share too; shares are of the budget of these layers.
+
+    Layers are measured side by side, one thread each; a worker holds one layer of the calibration.
     """
-    found = [_layer(codebooks, calibration, layer, chosen, weigh) for layer, chosen in widths.items()]
+
+    def one(layer: int) -> tuple[LayerFigures, Tensor | None]:
+        return _layer(codebooks, calibration, layer, widths[layer], weigh)
+
+    found = by_layer(one, list(widths), os.cpu_count() or 1)
     curves = [curve for _, curve in found if curve is not None]
     if not curves or len(curves) < len(found):
         return [figures for figures, _ in found]
@@ -197,23 +205,24 @@ def _layer(
         kept = errors[role][keep]
         figures[role] = Errors(float(kept.double().mean()), kept.double().mean(0).tolist(), quantiles(kept))
     loss = sum(predicted_total(codebooks, layer, role, widths[role]) for role in ROLES)
-    selection, curve = _selection(calibration, layer, codebooks.settings.sinks, change, errors, weigh)
+    shape = next(s for s in calibration.info.layers if s.index == layer)
+    selection, curve = _selection(calibration, shape, data, codebooks.settings.sinks, change, errors, weigh)
     return LayerFigures(layer, figures["key"], figures["value"], loss, selection), curve
 
 
 def _selection(
     calibration: Calibration,
-    layer: int,
+    shape: LayerShape,
+    data: Mapping[str, Tensor],
     sinks: int,
     change: Mapping[Role, Tensor],
     errors: Mapping[Role, Tensor],
     weigh: bool,
 ) -> tuple[Selection | None, Tensor | None]:
     """Overlap, errors and alpha of one layer, and its loss curve; None without statistics or without enough tokens."""
-    data, info = calibration.layer(layer), calibration.info
+    info = calibration.info
     if "sample.attention_slope" not in data:
         return None, None
-    shape = next(s for s in info.layers if s.index == layer)
     where = calibration.tensors["sample.sequence"], calibration.tensors["sample.position"]
     contexts = Contexts.find(*where, info.seq_len // 2, shape.sliding, max(SINKS, sinks))
     if contexts is None:
@@ -230,7 +239,7 @@ def _selection(
         heavy_error=mean_where(both, heavy),
         other_error=mean_where(both, contexts.free[:, None] & ~heavy),
     )
-    stakes = _stakes(calibration, shape, contexts, drawn, change["value"]) if weigh else None
+    stakes = _stakes(calibration, shape, data, contexts, drawn, change["value"]) if weigh else None
     if stakes is None:
         return selection, None
     friendly = token_friendliness(key, value)
@@ -240,14 +249,19 @@ def _selection(
 
 
 def _stakes(
-    calibration: Calibration, shape: LayerShape, contexts: Contexts, drawn: Tensor, change: Tensor
+    calibration: Calibration,
+    shape: LayerShape,
+    data: Mapping[str, Tensor],
+    contexts: Contexts,
+    drawn: Tensor,
+    change: Tensor,
 ) -> Stakes | None:
     """What the tokens of `contexts` are worth; None if no sampled token tells what an output is worth.
 
     Args:
         drawn: `[n, H]`, early attention with quantized keys. change: `[n, H, D]`, what quantization does to values.
     """
-    data, middle = calibration.layer(shape.index), calibration.info.seq_len // 2
+    middle = calibration.info.seq_len // 2
     later = calibration.tensors["sample.position"] >= middle
     early, square = data["sample.attention_early"], data["sample.attention_later_square"]
     fisher = output_fisher(data["sample.value_fisher"][later], square[later])

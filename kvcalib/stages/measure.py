@@ -3,14 +3,12 @@
 Every measurement is one line of `kl.jsonl`: one sequence, one layer's keys or values at one width, everything else
 exact (`evaluation/isolated.py`). A line names the sequence by its tokens' hash and the quantizers by theirs, so a
 second start goes on where the first one ended, more samples or widths only add lines, and lines of other codebooks,
-weights or dtypes are passed over.
+weights or dtypes are passed over. The processes of a launch share out the batches and write one file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,7 @@ from transformers import PreTrainedModel
 from kvcalib.calibration.statistics import CalibrationInfo
 from kvcalib.errors import ArtifactMismatch, InputError
 from kvcalib.evaluation.isolated import Probe, isolated_kl
-from kvcalib.files import write_error
+from kvcalib.launch import Launch
 from kvcalib.model.identity import HARD, SOFT, identify
 from kvcalib.model.loading import BUILTIN, input_device, load_model, load_tokenizer
 from kvcalib.model.text import PRESETS, token_sequences
@@ -33,6 +31,7 @@ from kvcalib.runtime.loader import prove
 from kvcalib.stages.allocators import Name
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.ledger import Ledger
 from kvcalib.stages.progress import note, progress
 
 MEASURED_WIDTHS = (0, 1, 2, 3, 4, 5, 6)
@@ -59,11 +58,13 @@ class Subject:
     """What measurements of a run are made on: held-out text, and the model, which is loaded when first asked for.
 
     Args:
-        loaded: the model, where the caller has it already.
+        loaded: the model, where the caller has it already. here: the processes that measure.
     """
 
-    def __init__(self, info: CalibrationInfo, settings: MeasureSettings, loaded: Any = None) -> None:
-        self.info, self.settings, self._loaded = info, settings, loaded
+    def __init__(
+        self, info: CalibrationInfo, settings: MeasureSettings, loaded: Any = None, here: Launch | None = None
+    ) -> None:
+        self.info, self.settings, self._loaded, self._here = info, settings, loaded, here or Launch()
         self.name = settings.model or info.model.name
         if settings.model is None and self.name != BUILTIN and "/" not in self.name and not Path(self.name).exists():
             raise InputError(
@@ -118,7 +119,8 @@ class Subject:
         chosen = self.settings
         model = self._loaded
         if model is None:
-            model = load_model(self.name, chosen.dtype, chosen.device, chosen.revision, chosen.trust_remote_code)
+            device = self._here.own_device(chosen.device)
+            model = load_model(self.name, chosen.dtype, device, chosen.revision, chosen.trust_remote_code)
         for difference in self.info.model.differences(identify(model), (*HARD, *SOFT)):
             raise ArtifactMismatch(
                 f"allocate: the run was calibrated on {self.info.model.name!r}: this model's {difference}; give "
@@ -132,22 +134,26 @@ class Measurements:
 
     Args:
         key: what the measurements depend on beside sequence, layer, role and width.
+
+    Raises:
+        CorruptFile: a line of the file is damaged; names it.
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
-        self.found: dict[tuple[str, int, str, int], tuple[float, int]] = {}
-        self.torn = False
-        content = path.read_bytes() if path.is_file() else b""
-        self.torn = bool(content) and not content.endswith(b"\n")
-        for line in content.splitlines():
+        self.key, self._ledger = key, Ledger(path)
+        self.found = self._read()
+
+    def _read(self) -> dict[str, list[Any]]:
+        """KL and tokens by `place`."""
+        found: dict[str, list[Any]] = {}
+        for number, row in self._ledger.rows():
+            if row.get("key") != self.key:
+                continue
             try:
-                row = json.loads(line)
-                if row["key"] == key:
-                    place = (row["text"], row["layer"], row["role"], row["bits"])
-                    self.found[place] = (float(row["kl"]), int(row["tokens"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # the line at which an earlier run was killed
+                found[place(row["text"], (row["layer"], row["role"]), row["bits"])] = [row["kl"], row["tokens"]]
+            except KeyError as error:
+                raise self._ledger.damaged(number, f"field {error} is missing") from None
+        return found
 
     def add(self, rows: Sequence[tuple[str, Name, int, float, int]]) -> None:
         """Append `(text, (layer, role), bits, kl, tokens)` in one write, on the disk when this returns.
@@ -157,22 +163,33 @@ class Measurements:
         """
         lines = []
         for text, (layer, role), bits, kl, tokens in rows:
-            self.found[text, layer, role, bits] = (kl, tokens)
+            self.found[place(text, (layer, role), bits)] = [kl, tokens]
             row = {"key": self.key, "text": text, "layer": layer, "role": role, "bits": bits, "kl": kl}
-            lines.append(json.dumps({**row, "tokens": tokens}) + "\n")
-        try:
-            with open(self.path, "ab") as file:
-                file.write(("\n" * self.torn + "".join(lines)).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(self.path, error) from error
-        self.torn = False
+            lines.append({**row, "tokens": tokens})
+        self._ledger.append(lines)
+
+    def unite(self, here: Launch) -> None:
+        """What all processes of a launch have found becomes known to each; the first one's file gets what it lacks."""
+        self.found = here.unite(self.found)
+        if here.first and here.size > 1:
+            there, found = self._read(), self.found
+            self.add([(*named(p), kl, tokens) for p, (kl, tokens) in sorted(found.items()) if p not in there])
 
     def mean(self, texts: Sequence[str], name: Name, bits: int) -> float:
         """KL of one width over `texts`, nats per token."""
-        rows = [self.found[text, *name, bits] for text in texts]
+        rows = [self.found[place(text, name, bits)] for text in texts]
         return sum(kl for kl, _ in rows) / sum(tokens for _, tokens in rows)
+
+
+def place(text: str, name: Name, bits: int) -> str:
+    """What a measurement is called: the sequence, the layer's keys or values and the width."""
+    return f"{text} {name[0]} {name[1]} {bits}"
+
+
+def named(place: str) -> tuple[str, Name, int]:
+    """What `place` was given."""
+    text, layer, role, bits = place.split()
+    return text, (int(layer), "key" if role == "key" else "value"), int(bits)
 
 
 def isolated(
@@ -182,26 +199,38 @@ def isolated(
     subject: Subject,
     sequences: np.ndarray,
     widths: Sequence[int] = MEASURED_WIDTHS,
+    here: Launch | None = None,
 ) -> dict[Name, dict[int, float]]:
-    """KL of every layer's keys and values at every width, nats per token; what was measured before is not again."""
-    key = fingerprint(
-        {
-            "codebooks": run_dir.settings("fit-nuq"),
-            "options": {f"{layer}.{role}": str(codebooks.option(layer, role)) for layer in layers for role in ROLES},
-            "weights": subject.info.model.weights_sha256,
-            "rope": subject.info.model.rope_parameters_sha256,
-            "dtype": str(subject.model.dtype),
-        }
-    )[:16]
-    texts = [text_id(ids) for ids in sequences]
-    ledger = Measurements(run_dir.file(KL_MEASURES), key)
+    """KL of every layer's keys and values at every width, nats per token; what was measured before is not again.
+
+    Args:
+        here: the processes that share the sequences; all of them call this. This one alone if None.
+    """
+    here = here or Launch()
     names: list[Name] = [(layer, role) for layer in layers for role in ROLES]
-    places = [(text, *name, bits) for text in texts for name in names for bits in widths]
-    left = [place for place in places if place not in ledger.found]
+    with here.step("kl"):
+        key = fingerprint(
+            {
+                "codebooks": run_dir.settings("fit-nuq"),
+                "options": {
+                    f"{layer}.{role}": str(codebooks.option(layer, role)) for layer in layers for role in ROLES
+                },
+                "weights": subject.info.model.weights_sha256,
+                "rope": subject.info.model.rope_parameters_sha256,
+                "dtype": str(subject.model.dtype),
+            }
+        )[:16]
+        ledger = Measurements(run_dir.file(KL_MEASURES), key)
+    ledger.unite(here)
+    texts = [text_id(ids) for ids in sequences]
+    places = [place(text, name, bits) for text in texts for name in names for bits in widths]
+    left = [p for p in places if p not in ledger.found]
     if left and len(left) < len(places):
         note(f"kl: {len(places) - len(left)} of {len(places)} measurements are there, {len(left)} are left")
     if left:
-        _measure(codebooks, subject, sequences, texts, names, widths, ledger, len(left))
+        with here.step("kl"):
+            _measure(codebooks, subject, sequences, texts, names, widths, ledger, here)
+        ledger.unite(here)
     return {name: {bits: ledger.mean(texts, name, bits) for bits in widths} for name in names}
 
 
@@ -213,8 +242,9 @@ def _measure(
     names: list[Name],
     widths: Sequence[int],
     ledger: Measurements,
-    left: int,
+    here: Launch,
 ) -> None:
+    """Measure what is missing of this process's share of the batches."""
     model = subject.model
     check_vocabulary(model, sequences, subject.settings.data or subject.info.data)
     rotations = prove(model, sorted({layer for layer, _ in names}))
@@ -222,23 +252,26 @@ def _measure(
     sliding = {shape.index for shape in subject.info.layers if shape.sliding is not None}
     sinks = {layer: 0 if layer in sliding else codebooks.settings.sinks for layer, _ in names}
     device, size, done = input_device(model), subject.batch_size, 0
+
+    def due(start: int) -> dict[tuple[Name, int], list[str]]:
+        mine = texts[start : start + size]
+        missing = {
+            (name, bits): [t for t in mine if place(t, name, bits) not in ledger.found]
+            for name in names
+            for bits in widths
+        }
+        return {probe: found for probe, found in missing.items() if found}
+
+    starts = here.mine([start for start in range(0, len(sequences), size) if due(start)])
+    left = sum(len(found) for start in starts for found in due(start).values())
     with progress("kl", left, "measurements") as show:
-        for start in range(0, len(sequences), size):
-            mine = texts[start : start + size]
+        for start in starts:
+            mine, missing = texts[start : start + size], due(start)
             ids = torch.from_numpy(np.ascontiguousarray(sequences[start : start + size])).long().to(device)
-            due = {
-                (name, bits): [t for t in mine if (t, *name, bits) not in ledger.found]
-                for name in names
-                for bits in widths
-            }
-            probes = [
-                (name, bits, Probe(*name, codebooks.quantizer(*name, bits), sinks[name[0]]))
-                for (name, bits), missing in due.items()
-                if missing
-            ]
-            measured = isolated_kl(model, rotations, ids, (probe for _, _, probe in probes))
-            for (name, bits, _), (_, kl) in zip(probes, measured, strict=True):
-                rows = [(t, name, bits, x, ids.shape[1]) for t, x in zip(mine, kl, strict=True) if t in due[name, bits]]
+            probes = (Probe(*name, codebooks.quantizer(*name, bits), sinks[name[0]]) for name, bits in missing)
+            measured = isolated_kl(model, rotations, ids, probes)
+            for ((name, bits), wanted), (_, kl) in zip(missing.items(), measured, strict=True):
+                rows = [(t, name, bits, x, ids.shape[1]) for t, x in zip(mine, kl, strict=True) if t in wanted]
                 ledger.add(rows)
                 done += len(rows)
                 show(done)

@@ -1,4 +1,8 @@
-"""All stages in a row: `kvcalib run` for one artifact, `kvcalib demo` for the embedded model at four budgets."""
+"""All stages in a row: `kvcalib run` for one artifact, `kvcalib demo` for the embedded model at four budgets.
+
+The processes of a launch run every stage together. What is not shared out (friendliness, artifacts, the report) the
+first one makes while the others wait.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcalib.evaluation.perplexity import Evaluation
+from kvcalib.launch import Launch
 from kvcalib.model.loading import BUILTIN, load_model
 from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
@@ -40,12 +45,12 @@ class Outcome:
     seconds: float
 
 
-def run(recipe: Recipe, overwrite: bool = False) -> Outcome:
-    """Every stage of `recipe`, up-to-date ones skipped; the model is loaded once."""
-    return _run(recipe, {recipe.out: recipe.allocate}, report.beside(recipe.out), overwrite)
+def run(recipe: Recipe, overwrite: bool = False, here: Launch | None = None) -> Outcome:
+    """Every stage of `recipe`, up-to-date ones skipped; the model is loaded once by each process of `here`."""
+    return _run(recipe, {recipe.out: recipe.allocate}, report.beside(recipe.out), overwrite, here or Launch())
 
 
-def demo(out: Path) -> Outcome:
+def demo(out: Path, here: Launch | None = None) -> Outcome:
     """The whole road on the embedded model and text, offline: artifacts of several budgets, under `out`."""
     recipe = Recipe(
         model=BUILTIN,
@@ -57,7 +62,7 @@ def demo(out: Path) -> Outcome:
     artifacts: dict[Path, AllocateSettings | None] = {
         out / f"nuq{bits:g}": AllocateSettings(budget=bits) for bits in DEMO_BITS
     }
-    return _run(recipe, artifacts, out / "report.html", overwrite=True, against=DEMO_AGAINST)
+    return _run(recipe, artifacts, out / "report.html", True, here or Launch(), DEMO_AGAINST)
 
 
 def _run(
@@ -65,39 +70,49 @@ def _run(
     artifacts: dict[Path, AllocateSettings | None],
     page: Path,
     overwrite: bool,
+    here: Launch,
     against: tuple[str, ...] = (),
 ) -> Outcome:
-    RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
-    model = load_model(recipe.model, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
-    for spending in artifacts.values():
-        if spending is not None and spending.budget is not None and not spending.exact_layers:
-            check_budget(model, spending.budget, recipe.fit)
-    run_dir = RunDir(recipe.run_path, create=True)
-    fisher.run(run_dir, recipe.model, settings, overwrite, model)
-    fit_nuq.run(run_dir, recipe.fit)
-    friendliness.run(run_dir)
+    with here.step("run"):
+        RunDir.check_free(recipe.run_path)
+        device = here.own_device(settings.device)
+        model = load_model(recipe.model, settings.dtype, device, settings.revision, settings.trust_remote_code)
+        for spending in artifacts.values():
+            if spending is not None and spending.budget is not None and not spending.exact_layers:
+                check_budget(model, spending.budget, recipe.fit)
+    run_dir = here.in_turn("run", lambda: RunDir(recipe.run_path, create=True))
+    fisher.run(run_dir, recipe.model, settings, overwrite, model, here)
+    fit_nuq.run(run_dir, recipe.fit, here)
+    with here.step("friendliness"):
+        if here.first:
+            friendliness.run(run_dir)
     for path, spending in artifacts.items():
         widths, budget, options = None, None, None
         if spending is not None:
             measuring = MeasureSettings(model=recipe.model)
-            found, widths = allocate.run(run_dir, spending, measuring, model=model)
+            found, widths = allocate.run(run_dir, spending, measuring, model=model, here=here)
             budget, options = budget_of(found), found.options
-        build.run(run_dir, path, None, None, recipe.recent, overwrite, widths, budget, options)
+        with here.step("build"):
+            if here.first:
+                build.run(run_dir, path, None, None, recipe.recent, overwrite, widths, budget, options)
+        here.supply_folder(path)
     measured = []
     if recipe.evaluate is not None:
         chosen = recipe.evaluate
         if chosen.data == settings.data and not chosen.skip:
             # The same file or data set: what calibrated must not also judge.
             chosen = chosen.model_copy(update={"skip": -(-settings.samples * settings.seq_len // chosen.seq_len)})
-        measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model)
+        measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model, here)
     comparisons = []
     if against and recipe.evaluate is not None:
         few = recipe.evaluate.model_copy(update={"samples": 12})
         comparisons = [run_dir.file(COMPARISON)]
         beside = CompareSettings(specs=against, run=run_dir.path)
-        compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model)
+        compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model, here)
     *others, last = artifacts
-    report.write(report.Subject(run_dir, last, others), page, comparisons)
+    with here.step("report"):
+        if here.first:
+            report.write(report.Subject(run_dir, last, others), page, comparisons)
     return Outcome(list(artifacts), measured, run_dir.path, page, time.monotonic() - began)

@@ -1,24 +1,21 @@
-"""What a sweep knows: one line of JSON per measured point, and who is measuring which.
+"""What a sweep knows: one line of JSON per measured point (`ledger.py`), and who is measuring which.
 
-A line is appended under a lock and is on disk before the lock is released. A process that is killed while it writes
-leaves a torn last line, which readers pass over and the next writer cuts off. A claim is a lock on a file of the
-point's key: the kernel gives it back when its process ends, however it ends.
+A claim is a lock on a file of the point's key: the kernel gives it back when its process ends, however it ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvcalib.errors import CorruptFile, FolderInUse, InputError
+from kvcalib.errors import FolderInUse
 from kvcalib.files import read_json, write_error, write_json
+from kvcalib.stages.ledger import Ledger
 
 SWEEP_FORMAT = {"format": "kvcalib-sweep", "format_version": 1}
 
@@ -75,6 +72,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        again = "delete the line, its point is then measured again, or give another file with --jsonl"
+        self._ledger = Ledger(path, again)
 
     def read(self) -> dict[str, Record]:
         """The last line of every key, in the order of the file.
@@ -82,28 +81,14 @@ class Store:
         Raises:
             CorruptFile: a line other than a torn last one is no result; names file and line.
         """
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror}); give a file with --jsonl") from None
         found: dict[str, Record] = {}
-        lines = content.split(b"\n")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, line in self._ledger.lines():
             try:
                 record = Record.model_validate_json(line)
             except ValidationError as error:
-                if number == len(lines):  # no newline behind it: the process was killed while it wrote
-                    break
                 first = error.errors()[0]
                 where = ".".join(str(part) for part in first["loc"])
-                raise CorruptFile(
-                    f"{self.path}: line {number}: {where + ': ' if where else ''}{first['msg']}; delete the line, its "
-                    "point is then measured again, or give another file with --jsonl"
-                ) from None
+                raise self._ledger.damaged(number, f"{where + ': ' if where else ''}{first['msg']}") from None
             found.pop(record.key, None)
             found[record.key] = record
         return found
@@ -114,34 +99,7 @@ class Store:
         Raises:
             InputError: the file cannot be written.
         """
-        line = record.model_dump_json().encode() + b"\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                _mend(file)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(self.path, error, len(line)) from error
-
-
-def _mend(file: Any) -> None:
-    """Cut off a torn last line; a whole one that only lacks its newline gets it."""
-    size = file.seek(0, os.SEEK_END)
-    if not size:
-        return
-    file.seek(0)
-    tail = file.read().rpartition(b"\n")[2]
-    if not tail:
-        return
-    try:
-        json.loads(tail)
-        file.write(b"\n")
-    except ValueError:
-        file.truncate(size - len(tail))
-    file.seek(0, os.SEEK_END)
+        self._ledger.append([record.model_dump(mode="json")])
 
 
 def _strangers(folder: Path) -> bool:

@@ -195,7 +195,8 @@ def test_damaged_state_is_done_again(home, tmp_path):
 def test_accelerate_launch(home, tmp_path):
     """With --multi_gpu, on CPUs too: with --cpu accelerate starts one process, whatever it is told."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m",
-               "kvcalib", "fisher", str(home / "model"), "--run", str(tmp_path / "run"), "--data", str(home / "text.jsonl"),
+               "kvcalib", "fisher", str(home / "model"), "--run", str(tmp_path / "run"),
+               "--data", str(home / "text.jsonl"),
                "--samples", str(SEQUENCES), "--seq-len", str(LENGTH), "--keep-tokens", "100",
                "--batch-size", "1"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
