@@ -25,6 +25,7 @@ from kvcalib.errors import NonFiniteActivations
 from kvcalib.model.angles import pair_up, signed_partners
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.model.loading import input_device
+from kvcalib.model.offloaded import elements, is_offloaded
 from kvcalib.model.rotary import Rotation
 from kvcalib.model.selftest import attention_layers
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
@@ -179,13 +180,13 @@ def _shape(call: Call, sliding: int | None) -> LayerShape:
     head_dim = call.key.shape[3]
     cos = call.tap.cos
     signed = signed_partners(call.tap.rotation, head_dim, head_dim if cos is None else cos.shape[-1])
-    bias = getattr(getattr(call.tap.module, "k_proj", None), "bias", None)
+    biased = getattr(getattr(call.tap.module, "k_proj", None), "bias", None) is not None
     return LayerShape(
         index=call.tap.layer,
         query_heads=call.query.shape[1],
         kv_heads=call.key.shape[1],
         head_dim=call.key.shape[3],
-        key_bias_norm=None if bias is None else float(bias.detach().float().norm()),
+        key_bias_norm=float(elements(call.tap.module, "k_proj.bias").float().norm()) if biased else None,
         sliding=sliding,
         partner=pair_up([abs(s) - 1 for s in signed or [0] * head_dim]),
         scaling=float(call.scaling),
@@ -269,17 +270,21 @@ def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> Iterator[None]:
-    """Freeze the weights and checkpoint long batches; undone at the end."""
+    """Freeze the weights, and checkpoint long batches and offloaded weights; undone at the end."""
     training = model.training
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    # By name: an offloaded parameter is a new object whenever its module has run.
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    model.requires_grad_(False)
     model.eval()
     checkpointing = settings.checkpointing
     if checkpointing is None:
-        checkpointing = settings.batch_size * length > CHECKPOINT_TOKENS and model.supports_gradient_checkpointing
+        # Without it the backward pass would keep every offloaded weight that the forward pass has loaded.
+        needed = settings.batch_size * length > CHECKPOINT_TOKENS or is_offloaded(model)
+        checkpointing = needed and model.supports_gradient_checkpointing
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Stopped early, a layer's second run would leave its last module with its weight loaded.
+        how = {"use_reentrant": False, "early_stop": not is_offloaded(model)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         # Checkpointing wants a layer in training mode; its children stay in eval mode, so dropout stays off.
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -289,8 +294,8 @@ def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> It
     finally:
         if checkpointing:
             model.gradient_checkpointing_disable()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in frozen)
         model.train(training)
 
 

@@ -100,7 +100,7 @@ def make_settings(kind: Callable[..., Any], **values: Any) -> Any:
         if not first["loc"]:  # of several options together
             raise InputError(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"{option} is {first['input']!r}: {first['msg']}") from None
+        raise InputError(f"{option} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def one_dial(bits: float | None, key_bits: int | None, value_bits: int | None) -> dict[str, int]:

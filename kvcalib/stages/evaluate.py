@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from kvcalib.errors import InputError
 from kvcalib.evaluation.continuation import MOST_STEP, PROMPT, STEP, evaluate_continuations
@@ -19,7 +19,8 @@ from kvcalib.evaluation.perplexity import Evaluation, evaluate
 from kvcalib.evaluation.summaries import Summaries, evaluate_summaries, read_articles
 from kvcalib.evaluation.trials import Trial
 from kvcalib.files import write_json
-from kvcalib.model.loading import load_model, load_tokenizer
+from kvcalib.model.loading import load_tokenizer
+from kvcalib.model.settings import ModelSettings
 from kvcalib.model.text import token_sequences
 from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.eviction import Eviction, Per
@@ -32,10 +33,8 @@ from kvcalib.stages.progress import note, progress
 TASKS = ("text", "summaries", "passkey")
 
 
-class EvalSettings(BaseModel):
+class EvalSettings(ModelSettings):
     """Settings of the stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = "builtin"
     samples: int = Field(default=16, ge=1)
@@ -56,12 +55,8 @@ class EvalSettings(BaseModel):
     streaming: bool = Field(default=False, description="Positions within the cache: text beyond the model's context.")
     per: Per = Field(default="auto", description="What chooses its own tokens: auto, head or layer.")
     prompt: float | None = Field(default=None, gt=0, lt=1, description="Share of a sequence that is its prompt.")
-    dtype: str = "auto"
-    device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    revision: str | None = None
-    trust_remote_code: bool = False
 
     @field_validator("recent", "keep")
     @classmethod
@@ -245,7 +240,7 @@ def _adaptive(settings: EvalSettings) -> Adaptive | None:
 
 def loaded_model(name: str, settings: EvalSettings) -> Any:
     """The model, as the settings say."""
-    return load_model(name, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
+    return settings.load(name)
 
 
 def check_budgets(model: Any, settings: EvalSettings) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcalib.evaluation.perplexity import Evaluation
-from kvcalib.model.loading import BUILTIN, load_model
+from kvcalib.model.loading import BUILTIN
 from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
 from kvcalib.stages import allocate, build, compare, evaluate, fisher, fit_nuq, friendliness, report
@@ -70,7 +70,7 @@ def _run(
     RunDir.check_free(recipe.run_path)
     settings = recipe.fisher
     began = time.monotonic()
-    model = load_model(recipe.model, settings.dtype, settings.device, settings.revision, settings.trust_remote_code)
+    model = settings.load(recipe.model)
     for spending in artifacts.values():
         if spending is not None and spending.budget is not None and not spending.exact_layers:
             check_budget(model, spending.budget, recipe.fit)
