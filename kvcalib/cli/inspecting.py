@@ -56,8 +56,8 @@ def inspect(
             )
         else:
             quiet_libraries()
-            from kvcalib.model.settings import ModelSettings
             from kvcalib.stages import diagnose
+            from kvcalib.stages.loading import ModelSettings
 
             settings = make_settings(
                 ModelSettings, dtype=dtype, device=device, max_memory=max_memory, offload=offload, revision=revision,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvcalib.errors import InputError, UnsupportedModel
-from kvcalib.model.offloaded import hooks
+from kvcalib.model.offloaded import give_back_memory, hooks
 from kvcalib.model.placement import CPU, Device, local_process, parse_memory, shared_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -92,8 +92,11 @@ def load_model(
         model.config._name_or_path = name
         if target is not None:
             torch.nn.Module.to(model, target)
-        elif any(Path(mapped["offload_folder"]).iterdir()):
-            weakref.finalize(model, folders.pop_all().close)
+        else:
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                give_back_memory()
+            if any(Path(mapped["offload_folder"]).iterdir()):
+                weakref.finalize(model, folders.pop_all().close)
     return model.eval()
 
 

@@ -6,12 +6,27 @@ module runs. What is asked of it in between is read here, from where the hook wo
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_BLOCK = 1 << 17
+
+
+def give_back_memory() -> None:
+    """Have the C library give freed blocks of 128 KiB and more back at once, from now on in this process.
+
+    That is how glibc begins, but it takes to keeping blocks as large as those it has seen freed. Weights from disk come
+    and go with every layer, and what is kept of them, in pieces, grows with the number of layers.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _BLOCK)
 
 
 def hooks(module: nn.Module) -> Iterator[Any]:
@@ -44,10 +59,25 @@ def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return sorted(found, key=lambda named: named[0])
 
 
+def places(model: nn.Module) -> dict[str, int]:
+    """Bytes of weights by where they are: a device such as `cpu`, or `disk`.
+
+    Raises:
+        LookupError: as `elements`.
+    """
+    found: dict[str, int] = {}
+    for name, parameter in parameters(model):
+        place = str(parameter.device)
+        if place == "meta":
+            place = "cpu" if _source(model, name)[0] is not None else "disk"
+        found[place] = found.get(place, 0) + parameter.numel() * parameter.element_size()
+    return found
+
+
 def elements(root: nn.Module, name: str, step: int = 1) -> Tensor:
     """Every `step`-th element of `root`'s parameter `name`, which may have dots, as `[n]` of its dtype.
 
-    Of a weight in a checkpoint only the pages in which these elements lie are read.
+    Of a file only what lies around these elements is read: it is mapped, and not loaded.
 
     Raises:
         LookupError: it is on `meta`, and no hook knows its values.
@@ -55,13 +85,11 @@ def elements(root: nn.Module, name: str, step: int = 1) -> Tensor:
     parameter = root.get_parameter(name)
     if parameter.device.type != "meta":
         return parameter.detach().reshape(-1)[::step]
-    weights, key = _source(root, name)
-    entry = getattr(weights, "index", {}).get(key, {})
-    path = entry.get("safetensors_file")
-    if path is None or key in weights.state_dict:
-        return _thinned(weights[key], step, parameter.dtype)
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return _thinned(file.get_tensor(entry.get("weight_name", key)), step, parameter.dtype)
+    held, entry = _source(root, name)
+    if held is not None:
+        return _thinned(held, step, parameter.dtype)
+    with safe_open(entry["safetensors_file"], framework="pt", device="cpu") as file:
+        return _thinned(file.get_tensor(entry["weight_name"]), step, parameter.dtype)
 
 
 def _thinned(x: Tensor, step: int, dtype: torch.dtype) -> Tensor:
@@ -69,15 +97,17 @@ def _thinned(x: Tensor, step: int, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1)[::step].clone().to(dtype)
 
 
-def _source(root: nn.Module, name: str) -> tuple[Any, str]:
-    """accelerate's store of offloaded weights, and the weight's key in it; the innermost hook that has one knows."""
+def _source(root: nn.Module, name: str) -> tuple[Tensor | None, dict[str, str]]:
+    """The weight where it is held in memory, else None and its file; the innermost hook that has it knows."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         for hook in hooks(root.get_submodule(".".join(parts[:depth]))):
             weights = getattr(hook, "weights_map", None)
-            if weights is not None:
-                key = getattr(weights, "prefix", "") + ".".join(parts[depth:])
-                store = getattr(weights, "dataset", weights)
-                if key in store:
-                    return store, key
+            key = getattr(weights, "prefix", "") + ".".join(parts[depth:])
+            store = getattr(weights, "dataset", weights)
+            held = getattr(store, "state_dict", store)
+            if held is not None and key in held:
+                return held[key], {}
+            if key in getattr(store, "index", {}):
+                return None, store.index[key]
     raise LookupError(f"parameter {name!r} is on the device meta, and no hook says where its values are")

@@ -20,7 +20,6 @@ from kvcalib.evaluation.summaries import Summaries, evaluate_summaries, read_art
 from kvcalib.evaluation.trials import Trial
 from kvcalib.files import write_json
 from kvcalib.model.loading import load_tokenizer
-from kvcalib.model.settings import ModelSettings
 from kvcalib.model.text import token_sequences
 from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.eviction import Eviction, Per
@@ -28,6 +27,7 @@ from kvcalib.runtime.loader import Artifact, Prefill, check_fit, load, longest_c
 from kvcalib.runtime.policies import Policy, QHitter, find
 from kvcalib.runtime.tiers import Adaptive, load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 TASKS = ("text", "summaries", "passkey")

@@ -20,10 +20,10 @@ from kvcalib.errors import CorruptFile, InputError, UnsupportedModel
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import input_device, load_tokenizer
 from kvcalib.model.selftest import attention_layers
-from kvcalib.model.settings import ModelSettings
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, PARTIAL, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 SAVE_EVERY_SECONDS = 120.0

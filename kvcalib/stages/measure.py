@@ -27,13 +27,13 @@ from kvcalib.evaluation.isolated import Probe, isolated_kl
 from kvcalib.files import write_error
 from kvcalib.model.identity import HARD, SOFT, identify
 from kvcalib.model.loading import BUILTIN, input_device, load_tokenizer
-from kvcalib.model.settings import ModelSettings
 from kvcalib.model.text import PRESETS, token_sequences
 from kvcalib.rundir import KL_MEASURES, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
 from kvcalib.stages.allocators import Name
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.fit_nuq import ROLES, Codebooks
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 MEASURED_WIDTHS = (0, 1, 2, 3, 4, 5, 6)

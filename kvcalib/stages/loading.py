@@ -7,7 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kvcalib.model.loading import load_model
+from kvcalib.model.offloaded import places
 from kvcalib.model.placement import parse_memory
+from kvcalib.stages.progress import note
 
 
 class ModelSettings(BaseModel):
@@ -41,12 +43,17 @@ class ModelSettings(BaseModel):
         return self
 
     def load(self, name: str, device: str | None = None, process: tuple[int, int] | None = None) -> Any:
-        """The model `name`; see `load_model`.
+        """The model `name`; see `load_model`. Says where its weights are, if in several places.
 
         Args:
             device: in place of the settings' own. process: as `load_model`'s.
         """
-        return load_model(
+        model = load_model(
             name, self.dtype, device or self.device, self.revision, self.trust_remote_code,
             max_memory=self.max_memory, offload=self.offload, process=process,
         )  # fmt: skip
+        found = places(model) if self.device == "map" else {}
+        if found:
+            told = ", ".join(f"{size / 1e6:.1f} MB on {place}" for place, size in sorted(found.items()))
+            note(f"model: weights are {told}")
+        return model
