@@ -104,7 +104,7 @@ def _source(root: nn.Module, name: str) -> tuple[Tensor | None, dict[str, str]]:
         for hook in hooks(root.get_submodule(".".join(parts[:depth]))):
             weights = getattr(hook, "weights_map", None)
             key = getattr(weights, "prefix", "") + ".".join(parts[depth:])
-            store = getattr(weights, "dataset", weights)
+            store: Any = getattr(weights, "dataset", weights)
             held = getattr(store, "state_dict", store)
             if held is not None and key in held:
                 return held[key], {}
