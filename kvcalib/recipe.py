@@ -87,10 +87,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_model(self) -> Recipe:
-        # The model is loaded once, as `fisher` says; another dtype or device for `evaluate` would be ignored.
-        for name in ("dtype", "device"):
+        # The model is loaded once, as `fisher` says; another dtype or place for `evaluate` would be ignored.
+        for name in ("dtype", "device", "max_memory", "offload"):
             chosen = "auto" if self.evaluate is None else getattr(self.evaluate, name)
-            if chosen not in ("auto", getattr(self.fisher, name)):
+            if chosen not in ("auto", None, getattr(self.fisher, name)):
                 raise ValueError(
                     f"evaluate.{name} is {chosen!r}, expected that of fisher, {getattr(self.fisher, name)!r}"
                 )
@@ -198,4 +198,5 @@ def _fields(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
     for part in place:
         annotation: Any = kind.model_fields[str(part)].annotation
         kind = next(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(kind.model_fields)
+    own = kind.__annotations__
+    return sorted(kind.model_fields, key=lambda name: name not in own)  # what stages share comes last

@@ -16,6 +16,7 @@ from kvcalib.calibration.statistics import LayerShape, norm_histogram
 from kvcalib.calibration.sums import Sums
 from kvcalib.errors import NonFiniteActivations
 from kvcalib.model.angles import pair_up, signed_partners
+from kvcalib.model.offloaded import elements
 from kvcalib.model.taps import AttentionOutput, Call, Tap
 
 
@@ -146,13 +147,13 @@ def _shape(call: Call, sliding: int | None) -> LayerShape:
     head_dim = call.key.shape[3]
     cos = call.tap.cos
     signed = signed_partners(call.tap.rotation, head_dim, head_dim if cos is None else cos.shape[-1])
-    bias = getattr(getattr(call.tap.module, "k_proj", None), "bias", None)
+    biased = getattr(getattr(call.tap.module, "k_proj", None), "bias", None) is not None
     return LayerShape(
         index=call.tap.layer,
         query_heads=call.query.shape[1],
         kv_heads=call.key.shape[1],
         head_dim=call.key.shape[3],
-        key_bias_norm=None if bias is None else float(bias.detach().float().norm()),
+        key_bias_norm=float(elements(call.tap.module, "k_proj.bias").float().norm()) if biased else None,
         sliding=sliding,
         partner=pair_up([abs(s) - 1 for s in signed or [0] * head_dim]),
         scaling=float(call.scaling),

@@ -29,6 +29,7 @@ from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerSh
 from kvcalib.errors import NonFiniteActivations
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.model.loading import input_device
+from kvcalib.model.offloaded import is_offloaded
 from kvcalib.model.rotary import Rotation
 from kvcalib.model.selftest import attention_layers
 from kvcalib.model.taps import Taps
@@ -148,17 +149,21 @@ def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> Iterator[None]:
-    """Freeze the weights and checkpoint long batches; undone at the end."""
+    """Freeze the weights, and checkpoint long batches and offloaded weights; undone at the end."""
     training = model.training
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    # By name: an offloaded parameter is a new object whenever its module has run.
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    model.requires_grad_(False)
     model.eval()
     checkpointing = settings.checkpointing
     if checkpointing is None:
-        checkpointing = settings.batch_size * length > CHECKPOINT_TOKENS and model.supports_gradient_checkpointing
+        # Without it the backward pass would keep every offloaded weight that the forward pass has loaded.
+        needed = settings.batch_size * length > CHECKPOINT_TOKENS or is_offloaded(model)
+        checkpointing = needed and model.supports_gradient_checkpointing
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Stopped early, a layer's second run would leave its last module with its weight loaded.
+        how = {"use_reentrant": False, "early_stop": not is_offloaded(model)}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         # Checkpointing wants a layer in training mode; its children stay in eval mode, so dropout stays off.
         for module in model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -168,6 +173,6 @@ def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> It
     finally:
         if checkpointing:
             model.gradient_checkpointing_disable()
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in frozen)
         model.train(training)

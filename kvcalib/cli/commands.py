@@ -21,7 +21,9 @@ from kvcalib.cli.options import (
     DeviceOption,
     DtypeOption,
     KeyBitsOption,
+    MemoryOption,
     ModelArgument,
+    OffloadOption,
     OutliersOption,
     OverwriteOption,
     RemoteOption,
@@ -117,6 +119,8 @@ def run(
     eval_data: Annotated[str | None, typer.Option(help="Evaluation text; default: --data.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    offload: OffloadOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """All stages: fisher, fit-nuq, friendliness, allocate, build, eval."""
@@ -133,7 +137,8 @@ def run(
             name = target.rstrip("/").rsplit("/", 1)[-1].lower()
             width = f"k{key_bits or 3}v{value_bits or 3}" if uniform else f"{bits or DEFAULT_BITS:g}"
             recipe = Recipe(model=target, out=Path("artifacts") / f"{name}-nuq{width}")
-        where = {name: value for name, value in (("dtype", dtype), ("device", device)) if value != "auto"}
+        places = {"dtype": dtype, "device": device, "max_memory": max_memory, "offload": offload}
+        where = {name: value for name, value in places.items() if value not in ("auto", None)}
         calibrating = {"samples": samples, "seq_len": seq_len, "data": data}
         judging = {"seq_len": seq_len, "data": eval_data or data}
         recipe = recipe.changed(
@@ -161,6 +166,8 @@ def fisher(
     keep_tokens: Annotated[int, typer.Option(min=16, help="Tokens kept whole; bounds memory and disk.")] = 8192,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    offload: OffloadOption = None,
     batch_size: BatchOption = None,
     window: Annotated[int, typer.Option(min=1, help="Queries of the windowed attention maximum.")] = 5,
     sliding: Annotated[
@@ -179,18 +186,17 @@ def fisher(
 
         settings = make_settings(
             stage.FisherSettings, data=data, samples=samples, seq_len=seq_len, keep_tokens=keep_tokens, dtype=dtype,
-            device=device, batch_size=batch_size, window=window, seed=seed, revision=revision,
-            trust_remote_code=trust_remote_code, sliding=sliding,
+            device=device, max_memory=max_memory, offload=offload, batch_size=batch_size, window=window, seed=seed,
+            revision=revision, trust_remote_code=trust_remote_code, sliding=sliding,
         )  # fmt: skip
         from kvcalib import launch
-        from kvcalib.model.loading import load_model, load_tokenizer
+        from kvcalib.model.loading import load_tokenizer
 
         here = launch.here()
         with here.step("fisher"):
             RunDir.check_free(run)
             load_tokenizer(model, revision, trust_remote_code)
-            where = (here.device if device == "auto" else None) or device
-            loaded = load_model(model, dtype, where, revision, trust_remote_code)
+            loaded = settings.load(model, here.own_device(device))
         run_dir = here.in_turn("fisher", lambda: RunDir(run, create=True))
         record = stage.run(run_dir, model, settings, overwrite, loaded, here)
         if here.first and record is not None:
@@ -316,6 +322,8 @@ def allocate(
     seq_len: Annotated[int | None, typer.Option(min=2, help="Their tokens; default: as calibrated.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    offload: OffloadOption = None,
     batch_size: BatchOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
@@ -333,7 +341,8 @@ def allocate(
         )  # fmt: skip
         measuring = make_settings(
             stage.MeasureSettings, model=model, data=data, samples=samples, seq_len=seq_len, dtype=dtype, device=device,
-            batch_size=batch_size, revision=revision, trust_remote_code=trust_remote_code,
+            max_memory=max_memory, offload=offload, batch_size=batch_size, revision=revision,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         here = launch.here()
         run_dir = here.in_turn("allocate", lambda: RunDir(run, create=not here.first))

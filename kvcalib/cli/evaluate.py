@@ -14,6 +14,8 @@ from kvcalib.cli.options import (
     DataOption,
     DeviceOption,
     DtypeOption,
+    MemoryOption,
+    OffloadOption,
     RemoteOption,
     RevisionOption,
     SeedOption,
@@ -114,6 +116,8 @@ def evaluate(
     every: Annotated[int, typer.Option(min=1, help="Tokens from one such choice to the next.")] = 16,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    offload: OffloadOption = None,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     json: Annotated[
@@ -135,7 +139,8 @@ def evaluate(
             stage.EvalSettings, data=data, samples=samples, seq_len=seq_len, skip=skip, sinks=sinks, recent=recent,
             prefill=prefill, step=step, adaptive=adaptive, keep_exact=keep_exact, every=every, dtype=dtype,
             keep=keep, policy=tuple(policy or ()), age_norm=age_norm, streaming=streaming, per=per, prompt=prompt,
-            device=device, batch_size=batch_size, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
+            device=device, max_memory=max_memory, offload=offload, batch_size=batch_size, seed=seed,
+            revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if task not in (*stage.TASKS, *comparing.TASKS):
             known = ", ".join((*stage.TASKS, *comparing.TASKS))

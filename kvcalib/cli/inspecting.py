@@ -10,9 +10,17 @@ import typer
 from rich.table import Table
 
 from kvcalib.cli.commands import app
-from kvcalib.cli.options import DataOption, DeviceOption, DtypeOption, RemoteOption, RevisionOption
+from kvcalib.cli.options import (
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    MemoryOption,
+    OffloadOption,
+    RemoteOption,
+    RevisionOption,
+)
 from kvcalib.cli.tables import print_manifest, print_run
-from kvcalib.cli.terminal import errors, out_console, quiet_libraries
+from kvcalib.cli.terminal import errors, make_settings, out_console, quiet_libraries
 from kvcalib.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +35,8 @@ def inspect(
     data: DataOption = "builtin",
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    offload: OffloadOption = None,
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
 ) -> None:
@@ -46,10 +56,14 @@ def inspect(
             )
         else:
             quiet_libraries()
-            from kvcalib.model.loading import load_model
             from kvcalib.stages import diagnose
+            from kvcalib.stages.loading import ModelSettings
 
-            model = load_model(target, dtype, device, revision, trust_remote_code)
+            settings = make_settings(
+                ModelSettings, dtype=dtype, device=device, max_memory=max_memory, offload=offload, revision=revision,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            model = settings.load(target)
             print_diagnosis(diagnose.of_model(model, target, data, revision))
 
 

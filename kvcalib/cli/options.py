@@ -20,7 +20,27 @@ DataOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: float32 on a CPU.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or map (spread over all devices).")]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N, or map: spread over GPUs, host memory and disk (large models).")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="DEVICE=SIZE,...",
+        help="With --device map: what weights may take on this machine, as cpu=2GiB,0=20GiB; the rest stays on disk. "
+        "Default: what is free.",
+    ),
+]
+OffloadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        metavar="FOLDER",
+        help="With --device map: where weights go that cannot stay in their checkpoint, until the end. Default: the "
+        "system's temporary folder.",
+    ),
+]
 BatchOption = Annotated[int | None, typer.Option(min=1, help="Sequences per step; default: about 2048 tokens.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the token sample and of random crops.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import sys
 import warnings
@@ -101,6 +102,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that weights are offloaded, we say with their sizes
     warnings.showwarning = _show_warning
 
 
@@ -120,7 +122,7 @@ def make_settings(kind: Callable[..., Any], **values: Any) -> Any:
         if not first["loc"]:  # of several options together
             raise InputError(first["msg"].removeprefix("Value error, ")) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(f"{option} is {first['input']!r}: {first['msg']}") from None
+        raise InputError(f"{option} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def one_dial(bits: float | None, key_bits: int | None, value_bits: int | None) -> dict[str, int]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kvcalib.evaluation.contender import Contender
 from kvcalib.evaluation.failures import Failures
+from kvcalib.model.loading import compute_devices
 
 ROUNDS, NEW_TOKENS = 5, 32
 PROTOCOL = (
@@ -85,7 +86,7 @@ def measure_costs(
 
 def _round(model: PreTrainedModel, contender: Contender, ids: Tensor, tokens: int, mine: _Rounds) -> None:
     prompt, rest = ids[:, :-tokens], ids[:, -tokens:]
-    devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
+    devices = sorted((d for d in compute_devices(model) if d.type == "cuda"), key=str)
     with contender.run(model) as session:
         held = 0
         for device in devices:

@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvcalib.errors import CacheBypassed, InputError
 from kvcalib.evaluation.contender import ArtifactContender, Contender, Unquantized
 from kvcalib.evaluation.trials import Session
-from kvcalib.model.loading import load_model, load_tokenizer
+from kvcalib.model.loading import input_device, load_model, load_tokenizer
 from kvcalib.runtime.loader import load
 
 
@@ -78,6 +78,7 @@ class PackedLM(HFLM):
             tokenizer = load_tokenizer(named) if tokenizer is None or isinstance(tokenizer, str) else tokenizer
             pretrained = load_model(pretrained, dtype, "auto" if device in (None, "cuda") else device)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=int(rows), **more)
+        self._device = input_device(self.model)  # HFLM takes the weights' own, which is meta where they are offloaded
         self.attached_calls = self.cached_tokens = 0
         self.cache_bytes = 0.0
         self.contender = contender or (ArtifactContender(load(artifact)) if artifact else Unquantized())

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from kvcalib.model.offloaded import elements, parameters
+
 HARD = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 SOFT = {"rope_parameters_sha256": "rotary settings", "weights_sha256": "weights"}
 SAMPLES_PER_TENSOR = 256
@@ -68,17 +70,18 @@ def identify(model: nn.Module) -> ModelIdentity:
 def hash_weights(model: nn.Module) -> str:
     """sha256 over name, shape and evenly spaced elements (as float32) of every parameter, in name order.
 
-    Loading a bfloat16 checkpoint as float32 does not change it; fine-tuning does. Weights that are offloaded cannot be
-    read, their hash is `UNKNOWN_WEIGHTS`.
+    Loading a bfloat16 checkpoint as float32 does not change it, nor does it matter where weights live; fine-tuning
+    changes it. `UNKNOWN_WEIGHTS` where there are none to read, as on the device `meta`.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        step = max(1, -(-flat.numel() // SAMPLES_PER_TENSOR))
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        if flat.device.type == "meta":
+    for name, parameter in parameters(model):
+        step = max(1, -(-parameter.numel() // SAMPLES_PER_TENSOR))
+        try:
+            sampled = elements(model, name, step)
+        except LookupError:
             return UNKNOWN_WEIGHTS
-        digest.update(flat[::step].to("cpu", torch.float32).numpy().tobytes())
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        digest.update(sampled.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
 
 

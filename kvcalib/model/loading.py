@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvcalib.errors import InputError, UnsupportedModel
+from kvcalib.model.offloaded import give_back_memory, hooks
+from kvcalib.model.placement import CPU, Device, local_process, parse_memory, shared_memory
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUILTIN = "builtin"
@@ -45,13 +52,24 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    max_memory: str | None = None,
+    offload: str | Path | None = None,
+    process: tuple[int, int] | None = None,
+    device_map: Mapping[str, Device] | None = None,
 ) -> PreTrainedModel:
     """The causal LM `name`, in eval mode.
 
     Args:
         dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU, where half precision is slow.
         device: "auto" is the first GPU, else the CPU; "cpu", "cuda", "cuda:1"; or "map" to spread a large model over
-            all devices (accelerate's device_map="auto").
+            the GPUs, the host's memory and the disk (accelerate's device_map="auto").
+        max_memory: with "map": what weights may take of each device of this machine, as `cpu=2GiB,0=20GiB`; devices
+            that are not named hold none. Processes of one machine share it (`placement.shared_memory`).
+        offload: with "map": where a folder is made for weights that go to disk and cannot stay in their checkpoint
+            (no safetensors, or converted while loading). It is removed with the model. Default: the system's.
+        process: number of this process on its machine, and how many they are; default: what the launcher says.
+        device_map: modules by name to a GPU's number, "cpu" or "disk", in place of all of these (experts).
 
     Raises:
         InputError: no such model, or its files are damaged. UnsupportedModel: no causal LM.
@@ -59,22 +77,40 @@ def load_model(
     if dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     where = resolve(name)
-    target = pick_device(device) if device != "map" else None
+    target = pick_device(device) if device != "map" and device_map is None else None
+    mapped = {} if target is not None else _mapped(max_memory, process, device_map)
     wanted: Any = dtype
     if dtype != "auto":
         wanted = getattr(torch, dtype)
-    elif target is not None and target.type == "cpu":
+    elif target.type == "cpu" if target is not None else not _uses_gpu(mapped):
         wanted = torch.float32
     arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with contextlib.ExitStack() as folders:
+        if mapped:
+            mapped["offload_folder"] = folders.enter_context(_folder(offload))
+        model = _load(name, where, wanted, arguments, mapped)
+        model.config._name_or_path = name
+        if target is not None:
+            torch.nn.Module.to(model, target)
+        else:
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                give_back_memory()
+            if any(Path(mapped["offload_folder"]).iterdir()):
+                weakref.finalize(model, folders.pop_all().close)
+    return model.eval()
+
+
+def _load(name: str, where: str, dtype: Any, arguments: dict[str, Any], mapped: dict[str, Any]) -> PreTrainedModel:
+    """The model as transformers makes it, complete; its errors as one line."""
     try:
         config = AutoConfig.from_pretrained(where, **arguments)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModel(
                 f"model {name!r}: model_type {config.model_type!r} is an encoder-decoder; a causal LM is needed"
             )
-        if device == "map":
-            arguments["device_map"] = "auto"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **arguments, **mapped
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise _explain(name, error) from error
     except Exception as error:  # safetensors and hub errors have no common base
@@ -89,10 +125,47 @@ def load_model(
             f"model {name!r}: its weights lack {len(lacking)} tensors, the first is {lacking[0]!r}; "
             "the checkpoint is incomplete or of another architecture"
         )
-    model.config._name_or_path = name
-    if target is not None:
-        torch.nn.Module.to(model, target)
-    return model.eval()
+    return model
+
+
+def _mapped(
+    max_memory: str | None, process: tuple[int, int] | None, device_map: Mapping[str, Device] | None
+) -> dict[str, Any]:
+    """transformers' arguments for a model on several devices."""
+    if device_map is not None:
+        return {"device_map": dict(device_map)}
+    here = local_process(os.environ) if process is None else process
+    try:
+        given = None if max_memory is None else parse_memory(max_memory)
+        shared = shared_memory(given, torch.cuda.device_count(), here, _free)
+    except ValueError as error:
+        raise InputError(f"--max-memory is {max_memory!r}: {error}") from None
+    return {"device_map": "auto", "max_memory": shared}
+
+
+def _free(device: Device) -> int:
+    """Bytes free of a device now."""
+    import psutil  # comes with accelerate
+
+    return psutil.virtual_memory().available if device == CPU else torch.cuda.mem_get_info(device)[0]
+
+
+def _uses_gpu(mapped: Mapping[str, Any]) -> bool:
+    """Whether modules compute on a GPU; those whose weights are elsewhere do so too, then."""
+    if isinstance(mapped["device_map"], dict):
+        return any(str(place) not in (CPU, "disk") for place in mapped["device_map"].values())
+    limits = mapped["max_memory"]
+    return limits is None or any(size > 0 for device, size in limits.items() if device != CPU)
+
+
+def _folder(offload: str | Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this model alone: processes that share `--offload` would write the same files."""
+    try:
+        if offload is not None:
+            Path(offload).mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="kvcalib-offload-", dir=offload)
+    except OSError as error:
+        raise InputError(f"--offload is {str(offload)!r}: no folder can be made there ({error.strerror})") from None
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -131,11 +204,16 @@ def execution_device(module: torch.nn.Module) -> torch.device:
     if device.type != "meta":
         return device
     for part in module.modules():
-        hook: Any = getattr(part, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "execution_device", None) is not None:
-                return torch.device(one.execution_device)
+        for hook in hooks(part):
+            if getattr(hook, "execution_device", None) is not None:
+                return torch.device(hook.execution_device)
     return device
+
+
+def compute_devices(model: PreTrainedModel) -> set[torch.device]:
+    """Where parts of the model compute; `input_device` is one of them."""
+    holders = [part for part in model.modules() if next(part.parameters(recurse=False), None) is not None]
+    return {execution_device(part) for part in holders}
 
 
 def _explain(name: str, error: Exception) -> InputError | UnsupportedModel:

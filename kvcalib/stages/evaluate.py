@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from kvcalib import __version__
 from kvcalib.errors import InputError
@@ -25,7 +25,7 @@ from kvcalib.evaluation.trials import Trial
 from kvcalib.files import hash_bytes, write_json
 from kvcalib.launch import Launch
 from kvcalib.model.identity import identify
-from kvcalib.model.loading import load_model, load_tokenizer
+from kvcalib.model.loading import load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.runtime.adaptive import KeepExact
 from kvcalib.runtime.eviction import Eviction, Per
@@ -34,15 +34,14 @@ from kvcalib.runtime.policies import Policy, QHitter, find
 from kvcalib.runtime.tiers import Adaptive, load_adaptive
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.kept import Kept, beside
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 TASKS = ("text", "summaries", "passkey")
 
 
-class EvalSettings(BaseModel):
+class EvalSettings(ModelSettings):
     """Settings of the stage."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = "builtin"
     samples: int = Field(default=16, ge=1)
@@ -63,12 +62,8 @@ class EvalSettings(BaseModel):
     streaming: bool = Field(default=False, description="Positions within the cache: text beyond the model's context.")
     per: Per = Field(default="auto", description="What chooses its own tokens: auto, head or layer.")
     prompt: float | None = Field(default=None, gt=0, lt=1, description="Share of a sequence that is its prompt.")
-    dtype: str = "auto"
-    device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    revision: str | None = None
-    trust_remote_code: bool = False
 
     @field_validator("recent", "keep")
     @classmethod
@@ -288,8 +283,7 @@ def _adaptive(settings: EvalSettings) -> Adaptive | None:
 
 def loaded_model(name: str, settings: EvalSettings, here: Launch | None = None) -> Any:
     """The model, as the settings say, on this process's own device if they leave it open."""
-    device = (here or Launch()).own_device(settings.device)
-    return load_model(name, settings.dtype, device, settings.revision, settings.trust_remote_code)
+    return settings.load(name, (here or Launch()).own_device(settings.device))
 
 
 def check_budgets(model: Any, settings: EvalSettings) -> None:

@@ -12,7 +12,7 @@ import signal
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from kvcalib.calibration.fisher import PassSettings, pass_info, run_batches
 from kvcalib.calibration.joining import join_parts
@@ -21,33 +21,28 @@ from kvcalib.calibration.statistics import VERSION, Calibration
 from kvcalib.errors import InputError, UnsupportedModel
 from kvcalib.launch import Launch
 from kvcalib.model.identity import identify
-from kvcalib.model.loading import load_model, load_tokenizer
+from kvcalib.model.loading import input_device, load_tokenizer
 from kvcalib.model.selftest import attention_layers
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
 from kvcalib.stages.fisher_parts import bring_together, check_agreement, share
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 ALONE = Launch()
 
 
-class FisherSettings(BaseModel):
+class FisherSettings(ModelSettings):
     """Settings of the stage; defaults are KVQuant's 16 sequences of 2048 tokens."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str = "builtin"
     samples: int = Field(default=16, ge=1)
     seq_len: int = Field(default=2048, ge=2)
     keep_tokens: int = Field(default=8192, ge=16)
-    dtype: str = "auto"
-    device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=5, ge=1, description="Queries of the windowed attention maximum (QAQ: 5).")
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    revision: str | None = None
-    trust_remote_code: bool = False
     sliding: Literal["auto", "yes", "no"] = Field(
         default="auto", description="Whether layers with a sliding window count; auto: if no layer attends in full."
     )
@@ -81,8 +76,7 @@ def run(
         if len(sequences) < settings.samples:
             note(f"fisher: data {settings.data!r} gives {len(sequences)} sequences, not {settings.samples}")
         if model is None:
-            device = (here.device if settings.device == "auto" else None) or settings.device
-            model = load_model(model_name, settings.dtype, device, settings.revision, settings.trust_remote_code)
+            model = settings.load(model_name, here.own_device(settings.device))
         check_vocabulary(model, sequences, settings.data)
         identity = identify(model)
         batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
@@ -91,7 +85,7 @@ def run(
         "samples": len(sequences),
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": input_device(model).type,
         "model": identity.name,
         "weights_sha256": identity.weights_sha256,
         "rope_parameters_sha256": identity.rope_parameters_sha256,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from kvcalib.calibration.statistics import CalibrationInfo
@@ -24,7 +24,7 @@ from kvcalib.errors import ArtifactMismatch, InputError
 from kvcalib.evaluation.isolated import Probe, isolated_kl
 from kvcalib.launch import Launch
 from kvcalib.model.identity import HARD, SOFT, identify
-from kvcalib.model.loading import BUILTIN, input_device, load_model, load_tokenizer
+from kvcalib.model.loading import BUILTIN, input_device, load_tokenizer
 from kvcalib.model.text import PRESETS, token_sequences
 from kvcalib.rundir import KL_MEASURES, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
@@ -32,26 +32,21 @@ from kvcalib.stages.allocators import Name
 from kvcalib.stages.fisher import check_vocabulary
 from kvcalib.stages.fit_nuq import ROLES, Codebooks
 from kvcalib.stages.ledger import Ledger
+from kvcalib.stages.loading import ModelSettings
 from kvcalib.stages.progress import note, progress
 
 MEASURED_WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 """7 and 8 bits are scaled as 6 are: what they do is lost in the rounding of half-precision models."""
 
 
-class MeasureSettings(BaseModel):
+class MeasureSettings(ModelSettings):
     """Model and text of measurements; what is None is as the run was calibrated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
     data: str | None = None
     samples: int = Field(default=8, ge=1)
     seq_len: int | None = Field(default=None, ge=2)
-    dtype: str = "auto"
-    device: str = "auto"
     batch_size: int | None = Field(default=None, ge=1)
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 class Subject:
@@ -119,8 +114,7 @@ class Subject:
         chosen = self.settings
         model = self._loaded
         if model is None:
-            device = self._here.own_device(chosen.device)
-            model = load_model(self.name, chosen.dtype, device, chosen.revision, chosen.trust_remote_code)
+            model = chosen.load(self.name, self._here.own_device(chosen.device))
         for difference in self.info.model.differences(identify(model), (*HARD, *SOFT)):
             raise ArtifactMismatch(
                 f"allocate: the run was calibrated on {self.info.model.name!r}: this model's {difference}; give "

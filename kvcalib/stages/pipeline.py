@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvcalib.evaluation.perplexity import Evaluation
 from kvcalib.launch import Launch
-from kvcalib.model.loading import BUILTIN, load_model
+from kvcalib.model.loading import BUILTIN
 from kvcalib.recipe import DEFAULT_BITS, Recipe
 from kvcalib.rundir import RunDir
 from kvcalib.stages import allocate, build, compare, evaluate, fisher, fit_nuq, friendliness, report
@@ -77,8 +77,7 @@ def _run(
     began = time.monotonic()
     with here.step("run"):
         RunDir.check_free(recipe.run_path)
-        device = here.own_device(settings.device)
-        model = load_model(recipe.model, settings.dtype, device, settings.revision, settings.trust_remote_code)
+        model = settings.load(recipe.model, here.own_device(settings.device))
         for spending in artifacts.values():
             if spending is not None and spending.budget is not None and not spending.exact_layers:
                 check_budget(model, spending.budget, recipe.fit)

@@ -24,7 +24,7 @@ from kvcalib import launch
 from kvcalib.errors import FolderInUse, InputError, KvcalibError
 from kvcalib.evaluation.failures import reason
 from kvcalib.files import write_bytes, write_json
-from kvcalib.model.loading import resolve
+from kvcalib.model.loading import input_device, resolve
 from kvcalib.report import pareto
 from kvcalib.stages import progress
 from kvcalib.stages.progress import note
@@ -42,11 +42,12 @@ LOSS: dict[Metric, tuple[str, str]] = {"kld": ("kld", "KLD, nats per token"), "n
 
 @dataclass(frozen=True)
 class Share:
-    """Which of how many processes this is, and its device (None: as the grid says)."""
+    """Which of how many processes this is, its device (None: as the grid says), and whether all are on this machine."""
 
     index: int = 0
     count: int = 1
     device: str | None = None
+    here: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def work(grid: Grid, folder: SweepDir, share: Share, again: dict[str, str]) -> N
         again: keys of failed points that are to be measured again, with the time of the failure.
     """
     device = share.device if grid.calibrate.device == "auto" else None
-    done = Work(grid, folder, device)
+    done = Work(grid, folder, device, (share.index, share.count) if share.here else None)
     points = {grid.key(p): p for p in grid.points}
     _check_subject(folder, points, done.subject)
     ranked = sorted(enumerate(points), key=lambda item: ((item[0] - share.index) % share.count != 0, item[0]))
@@ -145,6 +146,7 @@ def _settle(
                 record = {"status": "failed", "error": reason(error)}
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
+        device = input_device(done.model)
         made = Record(
             key=key,
             name=point.name(grid.varying),
@@ -152,9 +154,9 @@ def _settle(
             subject=done.subject,
             seconds={} if died >= DEATHS else {name: round(value, 4) for name, value in done.seconds.items()},
             runs={} if died >= DEATHS else done.runs,
-            memory=peak_memory(done.model.device),
-            machine=machine(done.model.device),
-            device=str(done.model.device),
+            memory=peak_memory(device),
+            machine=machine(device),
+            device=str(device),
             created=datetime.datetime.now(datetime.UTC).isoformat(),
             **record,
         )
@@ -198,7 +200,7 @@ def _spawn(grid: Grid, folder: SweepDir, count: int, again: dict[str, str]) -> N
     started = []
     for index in range(count):
         ours, theirs = context.Pipe(duplex=False)
-        share = Share(index, count, f"cuda:{index % gpus}" if gpus else None)
+        share = Share(index, count, f"cuda:{index % gpus}" if gpus else None, here=True)
         given = (grid.model_dump(mode="json"), folder.path, folder.store.path, share, again, threads, theirs)
         process = context.Process(target=_worker, args=given, name=f"sweep-{index}")
         process.start()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvcalib.artifact.store import MANIFEST
-from kvcalib.model.loading import pick_device
+from kvcalib.model.loading import input_device, pick_device
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.tiers import RULE
 from kvcalib.stages import progress
@@ -172,7 +172,7 @@ def _probe(grid: Grid, todo: Plan, free: float) -> Cost:
                 scale |= {f"measure {kind}": text.samples / sampled[1] for kind in kinds}
                 sizes = _sizes(folder, tokens[0] / tokens[1])
                 grown = sizes[0] - _sizes(folder, 1.0)[0]
-                memory = peak_memory(work.model.device) + grown
+                memory = peak_memory(input_device(work.model)) + grown
                 del work
     finally:
         progress.bars(True)

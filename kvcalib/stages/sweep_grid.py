@@ -48,7 +48,7 @@ VERSION = 1
 """Of what a key is made from and of how a point is measured."""
 
 VERSIONS = [VERSION, CALIBRATION_VERSION, fit_nuq.STAGE_VERSION, allocate.STAGE_VERSION]
-ELSEWHERE = {"device", "batch_size"}
+ELSEWHERE = {"device", "max_memory", "offload", "batch_size"}
 """Settings that say where and how fast, not what."""
 
 Way = Literal["text", "steps", "continuations"]

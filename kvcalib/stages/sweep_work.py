@@ -25,7 +25,7 @@ from kvcalib.evaluation.baselines import CALIBRATES, find
 from kvcalib.evaluation.contender import ArtifactContender, Contender
 from kvcalib.evaluation.ways import AdaptiveContender, Figures, Reading, effective_bits
 from kvcalib.model.identity import identify
-from kvcalib.model.loading import load_model, load_tokenizer
+from kvcalib.model.loading import load_tokenizer
 from kvcalib.model.text import token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import Prefill, load
@@ -43,12 +43,15 @@ class Work:
 
     Args:
         device: in place of the grid's, for this process.
+        process: its number among those of this machine, and how many they are, where no launcher says so.
 
     Raises:
         InputError, UnsupportedModel: the model or the text cannot be had.
     """
 
-    def __init__(self, grid: Grid, folder: SweepDir, device: str | None = None) -> None:
+    def __init__(
+        self, grid: Grid, folder: SweepDir, device: str | None = None, process: tuple[int, int] | None = None
+    ) -> None:
         self.grid, self.folder = grid, folder
         given, text = grid.calibrate, grid.evaluate
         tokenizer = load_tokenizer(grid.model, given.revision, given.trust_remote_code)
@@ -57,9 +60,7 @@ class Work:
         )
         if len(self.sequences) < text.samples:
             note(f"sweep: data {text.data!r} gives {len(self.sequences)} sequences, not {text.samples}")
-        self.model: Any = load_model(
-            grid.model, given.dtype, device or given.device, given.revision, given.trust_remote_code
-        )
+        self.model: Any = given.load(grid.model, device, process)
         check_vocabulary(self.model, self.sequences, text.data)
         self.reading = Reading(
             self.model, self.sequences, grid.step, grid.prompt, text.batch_size or max(1, 2048 // text.seq_len)
