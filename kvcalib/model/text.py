@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def token_sequences(
     if source in PRESETS:
         return _crops(source, tokenizer, samples, seq_len, split, seed)
     first = skip * seq_len if source != "builtin" else 0
-    needed, ids = samples * seq_len + first, []
+    # Eight bytes a token; a list of Python's numbers takes forty.
+    needed, ids = samples * seq_len + first, array("q")
     documents = 0
     for document in _documents(source, split, needed):
         documents += 1
@@ -58,15 +60,15 @@ def token_sequences(
     if not ids:
         what = "no text" if not documents else f"{documents} documents without any token"
         raise InputError(f"data {source!r}: {what}; give a source with at least {seq_len} tokens of text")
-    ids = ids[first:]
-    if len(ids) < seq_len:
+    left = np.frombuffer(ids, dtype=np.int64)[first:]
+    if len(left) < seq_len:
         after = f" after the first {skip} sequences" if first else ""
         raise InputError(
-            f"data {source!r}: {len(ids)} tokens{after}, shorter than one sequence of {seq_len}; "
+            f"data {source!r}: {len(left)} tokens{after}, shorter than one sequence of {seq_len}; "
             "give more text or a smaller --seq-len"
         )
-    count = min(samples, len(ids) // seq_len)
-    return np.asarray(ids[: count * seq_len], dtype=np.int64).reshape(count, seq_len)
+    count = min(samples, len(left) // seq_len)
+    return left[: count * seq_len].reshape(count, seq_len)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -193,25 +195,25 @@ def _crops(preset: str, tokenizer: Any, samples: int, seq_len: int, split: Split
         rows = load_hub_dataset(
             "Salesforce/wikitext", "wikitext-2-raw-v1", {"calibrate": "train", "evaluate": "test"}[split]
         )
-        ids = encode(tokenizer, "\n\n".join(row["text"] for row in rows))
+        ids = np.asarray(encode(tokenizer, "\n\n".join(row["text"] for row in rows)), dtype=np.int64)
         if len(ids) <= seq_len:
             raise InputError(short)
         if split == "evaluate":
             # The whole test text in order, as perplexities are quoted.
             count = min(samples, len(ids) // seq_len)
-            return np.asarray(ids[: count * seq_len], dtype=np.int64).reshape(count, seq_len)
+            return ids[: count * seq_len].reshape(count, seq_len)
         starts = [rng.randint(0, len(ids) - seq_len - 1) for _ in range(samples)]
-        return np.asarray([ids[s : s + seq_len] for s in starts], dtype=np.int64)
+        return np.stack([ids[s : s + seq_len] for s in starts])
     shard = {"calibrate": "en/c4-train.00000-of-01024.json.gz", "evaluate": "en/c4-validation.00000-of-00008.json.gz"}
     rows = load_hub_dataset("allenai/c4", None, "train", data_files={"train": shard[split]})
     crops = []
     for row in rows:
-        ids = encode(tokenizer, row["text"])
-        if len(ids) > seq_len:
-            start = rng.randint(0, len(ids) - seq_len - 1)
-            crops.append(ids[start : start + seq_len])
+        document = encode(tokenizer, row["text"])
+        if len(document) > seq_len:
+            start = rng.randint(0, len(document) - seq_len - 1)
+            crops.append(np.asarray(document[start : start + seq_len], dtype=np.int64))
         if len(crops) == samples:
             break
     if not crops:
         raise InputError(short)
-    return np.asarray(crops, dtype=np.int64)
+    return np.stack(crops)

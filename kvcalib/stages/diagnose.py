@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvcalib.calibration.attention import drawn_attention
-from kvcalib.calibration.statistics import CalibrationInfo, LayerShape
+from kvcalib.calibration.statistics import Calibration, LayerShape
 from kvcalib.errors import InputError
-from kvcalib.files import read_tensors
 from kvcalib.model.diagnosis import LayerDiagnosis, key_outliers, offset_ratio, sink_share, value_outliers
 from kvcalib.model.loading import input_device, load_tokenizer
 from kvcalib.model.selftest import attention_layers
@@ -105,32 +104,27 @@ def of_run(run_dir: RunDir) -> list[LayerDiagnosis]:
         raise InputError(
             f"{run_dir.path}: no {CALIBRATION} there; run `kvcalib fisher MODEL --run {run_dir.path}` first"
         )
-    head, note_ = read_tensors(path, ["sample.position"])
-    info = CalibrationInfo.model_validate(note_["info"])
-    first = head["sample.position"] == 0
-    return [_of_layer(path, info, shape, first) for shape in info.layers]
+    calibration, _ = Calibration.load(path)
+    first = calibration.tensors["sample.position"] == 0
+    return [_of_layer(calibration, shape, first) for shape in calibration.info.layers]
 
 
-def _of_layer(path: Any, info: CalibrationInfo, shape: LayerShape, first: Tensor) -> LayerDiagnosis:
-    prefix = f"layers.{shape.index}."
-    early = info.version >= 4
-    names = ["key.sum", "key.square_sum", "sample.key", "sample.value", "sample.attention_sum"]
-    names += ["sample.attention_early"] if early else []
-    data, _ = read_tensors(path, [prefix + name for name in names])
-    drawn = data[prefix + "sample.attention_sum"][first]
+def _of_layer(calibration: Calibration, shape: LayerShape, first: Tensor) -> LayerDiagnosis:
+    info, data = calibration.info, calibration.layer(shape.index)
+    drawn = data["sample.attention_sum"][first]
     queries = info.seq_len
-    if early:
-        drawn, queries = drawn - data[prefix + "sample.attention_early"][first], info.seq_len - info.seq_len // 2
+    if info.version >= 4:
+        drawn, queries = drawn - data["sample.attention_early"][first], info.seq_len - info.seq_len // 2
     by_head = sink_share(drawn, queries, shape.query_heads // shape.kv_heads)
     seen = by_head and not _beyond(shape.sliding, info.seq_len)
     return LayerDiagnosis(
         index=shape.index,
         key_bias=shape.key_bias_norm,
-        offsets=offset_ratio(data[prefix + "key.sum"], data[prefix + "key.square_sum"], info.tokens),
+        offsets=offset_ratio(data["key.sum"], data["key.square_sum"], info.tokens),
         sink=sum(by_head) / len(by_head) if seen else None,
         sink_by_head=by_head,
-        key_outliers=key_outliers(data[prefix + "sample.key"]),
-        value_outliers=value_outliers(data[prefix + "sample.value"]),
+        key_outliers=key_outliers(data["sample.key"]),
+        value_outliers=value_outliers(data["sample.value"]),
     )
 
 
