@@ -1,13 +1,16 @@
 """Streamed safetensors files against the library's own reader and writer."""
 
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from kvcalib import streamed
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import read_tensors, write_tensors
 from kvcalib.streamed import DTYPES, TensorFile, stream_tensors
@@ -74,3 +77,25 @@ def test_lazy_file_refuses_damage(tmp_path):
     (tmp_path / "x").write_bytes(json.dumps({}).encode())
     with pytest.raises(CorruptFile, match="not a readable safetensors file"):
         TensorFile(tmp_path / "x")
+
+
+@given(st.lists(st.integers(0, 199), max_size=60), st.integers(0, 3))
+def test_gathered_rows_are_the_rows(tmp_path_factory, index, dims):
+    """In any order, more than once, and over many reads: one covers no more than a few rows here."""
+    path = tmp_path_factory.mktemp("gather") / "x"
+    tensor = torch.randn(200, *(3,) * dims, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    write_tensors(path, {"pad": torch.ones(3, dtype=torch.uint8), "x": tensor}, {})
+    with pytest.MonkeyPatch.context() as patch:
+        for gap, span in ((0, 100), (64, 1 << 20)):
+            patch.setattr(streamed, "GAP", gap)
+            patch.setattr(streamed, "SPAN", span)
+            found = TensorFile(path).gather("x", np.array(index, dtype=np.int64))
+            assert torch.equal(found, tensor[torch.tensor(index, dtype=torch.int64)])
+
+
+def test_lazy_file_notices_that_it_was_cut_off_later(tmp_path):
+    write_tensors(tmp_path / "x", {"x": torch.ones(100)}, {})
+    found = TensorFile(tmp_path / "x")
+    os.truncate(tmp_path / "x", (tmp_path / "x").stat().st_size - 8)
+    with pytest.raises(CorruptFile, match="8 more are expected"):
+        found["x"]
