@@ -15,13 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from kvcalib.calibration.joining import COLUMNS, SEQUENCES, Source, join
-from kvcalib.calibration.statistics import Calibration, CalibrationInfo
+from kvcalib.calibration.statistics import APART, Calibration, CalibrationInfo
 from kvcalib.errors import InputError
 from kvcalib.model.identity import hash_json
 from kvcalib.streamed import TensorFile
-
-APART = " + "
-"""Between the names of several texts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def _together(infos: Sequence[CalibrationInfo]) -> CalibrationInfo:
         update={
             "fingerprint": hash_json(runs),
             "merged": runs,
-            "data": APART.join(sorted({text for info in infos for text in info.data.split(APART)})),
+            "data": APART.join(sorted({text for info in infos for text in info.texts})),
             # Where a name or the rounding of a norm differs, the choice must not depend on the order.
             "model": min((info.model for info in infos), key=lambda model: model.model_dump_json()),
             "layers": min((info.layers for info in infos), key=lambda layers: [x.model_dump_json() for x in layers]),

@@ -49,6 +49,8 @@ READABLE = (2, 3, 4, VERSION)
 """Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
 4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need; files before version 5
 have float64 sums and no `sequences`, without which they cannot be merged."""
+APART = " + "
+"""Between the names of several texts."""
 NORM_BINS = 512
 NORM_LOWEST, NORM_PER_OCTAVE = -24, 8
 
@@ -97,6 +99,11 @@ class CalibrationInfo(BaseModel):
         default=None, description="Contributions to every sum; None in files before version 5, which do not count them."
     )
     merged: list[str] = Field(default=[], description="Fingerprints of the runs that were merged, ascending; else [].")
+
+    @property
+    def texts(self) -> list[str]:
+        """The sources of the text: one, or of a merged calibration several."""
+        return self.data.split(APART) if self.merged else [self.data]
 
     @property
     def nll(self) -> float:

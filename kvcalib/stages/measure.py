@@ -86,13 +86,18 @@ class Subject:
             after: sequences to leave out first.
 
         Raises:
-            InputError: there is not one such sequence.
+            InputError: there is not one such sequence, or the run was merged from several texts and none is chosen.
         """
         chosen, info = self.settings, self.info
+        if chosen.data is None and len(info.texts) > 1:
+            raise InputError(
+                f"allocate: the run was merged from calibrations of {len(info.texts)} texts, {info.data}; say with "
+                "--data which one to go on in, or give another"
+            )
         source = chosen.data or info.data
         tokenizer = load_tokenizer(self.name, chosen.revision, chosen.trust_remote_code)
         skip = after
-        if source == info.data and source not in PRESETS:
+        if source in info.texts and source not in PRESETS:
             skip += -(-info.sequences * info.seq_len // self.seq_len)
         found = token_sequences(source, tokenizer, skip + chosen.samples, self.seq_len, "calibrate", info.seed + 1)
         if len(found) <= skip:

@@ -17,6 +17,7 @@ from kvcalib.files import read_tensors, write_tensors
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import fisher, fit_nuq, merge
 from kvcalib.stages.fisher import FisherSettings
+from kvcalib.stages.measure import MeasureSettings, Subject
 from tests.tiny import tiny_llama
 
 LENGTH = 32
@@ -134,3 +135,16 @@ def test_old_damaged_missing_and_too_few(home, tmp_path):
         merge.run([home / "a"], tmp_path / "out")
     with pytest.raises(InputError, match="is one of the runs to merge"):
         merge.run([home / "a", home / "b"], home / "b")
+
+
+def test_measuring_needs_to_know_in_which_text(home, tmp_path):
+    """A merged run has several; what follows one of them is held out of it by as much as all of them have."""
+    merged(home, "ab", tmp_path / "ab")
+    info = Calibration.load(tmp_path / "ab" / CALIBRATION)[0].info
+    assert info.texts == sorted(str(home / "text" / name / "text.jsonl") for name in "ab")
+    model = str(home / "model")
+    with pytest.raises(InputError, match="merged from calibrations of 2 texts"):
+        Subject(info, MeasureSettings(model=model)).sequences()
+    shutil.copy(home / "text" / "whole" / "text.jsonl", info.texts[0])
+    found = Subject(info, MeasureSettings(model=model, data=info.texts[0], samples=2)).sequences()
+    assert found.tolist() == ROWS[6:8].tolist()
