@@ -15,6 +15,7 @@ run's `parts` until the plan is written.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def measure(
     options = {(layer, role): codebooks.option(layer, role) for layer in codebooks.layers for role in ROLES}
     with here.step("check"):
         model = subject.model
-    kept = here.in_turn("check", lambda: run_dir.parts(PARTS, of, discard=True)) / "measured.jsonl"
+    kept = here.in_turn("check", lambda: _place(run_dir, of))
     shared = here.shares(run_dir.path)
     with tempfile.TemporaryDirectory(dir=run_dir.path, prefix=".check-") as own:
         folder = Path(here.same(own)) if shared else Path(own)
@@ -150,3 +151,10 @@ def measure(
         for i, (candidate, result) in enumerate(zip(found, results, strict=True))
     ]
     return found[best], rows
+
+
+def _place(run_dir: RunDir, of: dict[str, Any]) -> Path:
+    """Where batches are kept; plans that a killed process had built are removed."""
+    for left in run_dir.path.glob(".check-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return run_dir.parts(PARTS, of, discard=True) / "measured.jsonl"

@@ -99,6 +99,7 @@ def run(
     json_path: Path | None = None,
     model: Any = None,
     launch: Launch | None = None,
+    discard: bool = False,
 ) -> Comparison:
     """Compare `artifacts` and `options.specs` with the unquantized model, and with each other; writes `json_path`.
 
@@ -106,6 +107,7 @@ def run(
         json_path: None to write nothing; then nothing is kept either, and a stopped comparison begins anew.
         launch: the processes that share the batches of text; all of them call this. What is no text only the first one
             measures, and has in its result. This one alone if None.
+        discard: another unfinished measurement beside `json_path` is removed, not refused.
 
     Raises:
         InputError: settings that do not go together, a spec that is none, or not one contender could be measured.
@@ -125,7 +127,7 @@ def run(
             greedy.room(here.model, settings.seq_len // 2, options.greedy)
         prompt = split(settings.seq_len, settings.prompt or PROMPT) if settings.evicts else 0
         of = _subject(here)
-    with Kept(launch, beside(json_path), of) as keeper:
+    with Kept(launch, beside(json_path), of, discard=discard) as keeper:
         with progress("compare", len(here.sequences), "sequences") as show:
             found = compare(
                 here.model, here.contenders, here.sequences, here.batch_size, prompt, settings.step or STEP,

@@ -134,6 +134,7 @@ def run(
     json_path: Path | None = None,
     model: Any = None,
     here: Launch | None = None,
+    discard: bool = False,
 ) -> list[Evaluation]:
     """Measure `artifacts` on one model and text; writes a JSON object (a list for several) to `json_path`.
 
@@ -142,9 +143,10 @@ def run(
         model: the loaded model, where the caller has it already.
         here: the processes that share the batches; all of them call this and get all results, the first one writes
             them. This one alone if None.
+        discard: another unfinished measurement beside `json_path` is removed.
 
     Raises:
-        FolderInUse: beside `json_path` lies another unfinished measurement; names what differs.
+        FolderInUse: there is one, and `discard` is False; names what differs.
     """
     here = here or Launch()
     with here.step("eval"):
@@ -163,7 +165,7 @@ def run(
         batch_size = settings.batch_size or max(1, 2048 // settings.seq_len)
         more = {"adaptive": None if adaptive is None else adaptive.describe()}
         of = subject_of(model, loaded, sequences, settings, batch_size) | more
-    with Kept(here, beside(json_path), of) as keeper:
+    with Kept(here, beside(json_path), of, discard=discard) as keeper:
         with progress("eval", len(sequences), "sequences") as show:
             if settings.evicts:
                 step = settings.step or STEP

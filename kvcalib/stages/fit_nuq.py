@@ -109,10 +109,11 @@ def _fit_and_join(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str,
         write_tensors(_part(folder, layer), fit_layer(calibration, layer, settings), {"layer": layer})
         show(len(_fitted(folder, layers)))  # what the other processes did counts too, where it can be seen
 
-    with here.step("fit-nuq"), progress("fit-nuq", len(layers), "layers") as show:
+    with progress("fit-nuq", len(layers), "layers") as show:
         show(len(there))
-        by_layer(fit, here.mine(left), here.cores)
-        show(len(_fitted(folder, layers)))
+        with here.step("fit-nuq"):
+            by_layer(fit, here.mine(left), here.cores)
+        show(len(layers))
     held = here.gather(_fitted(folder, layers))
     for layer in layers:
         if layer not in held[0]:

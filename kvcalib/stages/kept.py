@@ -28,10 +28,13 @@ class Kept:
         path: the file; None to keep nothing beyond this command.
         of: what is measured: everything that the rows depend on, as JSON.
         what: the command, for messages.
+        discard: what another measurement left is removed, not refused.
     """
 
-    def __init__(self, here: Launch, path: Path | None, of: dict[str, Any], what: str = "eval") -> None:
-        self.here, self.what = here, what
+    def __init__(
+        self, here: Launch, path: Path | None, of: dict[str, Any], what: str = "eval", discard: bool = False
+    ) -> None:
+        self.here, self.what, self.discard = here, what, discard
         self.of = json.loads(json.dumps(of))  # as it comes back from the file
         self.path = path
         self._ledger = None if path is None else Ledger(path)
@@ -92,7 +95,12 @@ class Kept:
             self.path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
-        if self._ledger is not None and not any(True for _ in self._ledger.lines()):
+        if self._ledger is None:
+            return
+        told = [row["of"] for _, row in self._ledger.rows() if "of" in row]
+        if told and told != [self.of]:  # to be discarded
+            self.forget()
+        if told != [self.of]:
             self._ledger.append([{"of": self.of}])
 
     def _read(self) -> dict[str, Row]:
@@ -102,6 +110,8 @@ class Kept:
         for number, row in self._ledger.rows():
             if isinstance(row.get("of"), dict):
                 if row["of"] != self.of:
+                    if self.discard:
+                        return {}
                     raise FolderInUse(
                         f"{self.path}: holds another unfinished measurement: {difference(row['of'], self.of)}; start "
                         "that one again to go on with it, delete the file, or give another --json"

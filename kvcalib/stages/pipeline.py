@@ -103,13 +103,14 @@ def _run(
         if chosen.data == settings.data and not chosen.skip:
             # The same file or data set: what calibrated must not also judge.
             chosen = chosen.model_copy(update={"skip": -(-settings.samples * settings.seq_len // chosen.seq_len)})
-        measured = evaluate.run(list(artifacts), recipe.model, chosen, run_dir.file("eval.json"), model, here)
+        path = run_dir.file("eval.json")  # the run's own: whatever lies there is of this recipe or outdated
+        measured = evaluate.run(list(artifacts), recipe.model, chosen, path, model, here, discard=True)
     comparisons = []
     if against and recipe.evaluate is not None:
         few = recipe.evaluate.model_copy(update={"samples": 12})
         comparisons = [run_dir.file(COMPARISON)]
         beside = CompareSettings(specs=against, run=run_dir.path)
-        compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model, here)
+        compare.run(list(artifacts), recipe.model, few, beside, comparisons[0], model, here, True)
     *others, last = artifacts
     with here.step("report"):
         if here.first:

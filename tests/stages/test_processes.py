@@ -25,6 +25,7 @@ from kvcalib.stages.compare import CompareSettings
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings
 from kvcalib.stages.fit_nuq import FitNuqSettings
+from kvcalib.stages.kept import beside
 from kvcalib.stages.measure import MEASURED_WIDTHS, MeasureSettings
 from tests.test_cli import VOCABULARY, llama
 
@@ -60,8 +61,8 @@ def everything(home: Path, folder: Path, here: launch.Launch) -> None:
     evaluate.run(artifacts, name, plain(home), folder / "plain.json", model, here)
     evicting = plain(home).model_copy(update={"keep": 0.5})
     evaluate.run(artifacts, name, evicting, folder / "evicting.json", model, here)
-    beside = CompareSettings(specs=("kivi:bits=2",), greedy=4)
-    compare.run(artifacts, name, plain(home), beside, folder / "compare.json", model, here)
+    against = CompareSettings(specs=("kivi:bits=2",), greedy=4)
+    compare.run(artifacts, name, plain(home), against, folder / "compare.json", model, here)
 
 
 def told(path: Path) -> object:
@@ -258,3 +259,11 @@ def test_a_killed_eval_goes_on_and_another_is_refused(killed, one, home, capsys)
     assert "eval: 2 of 3 batches are there, 1 are left" in capsys.readouterr().err
     assert told(folder / "new.json") == told(one / "plain.json")
     assert not partial.exists()
+
+
+def test_a_pipeline_discards_what_another_eval_left(one, home, tmp_path, capsys):
+    name, result = str(home / "model"), tmp_path / "new.json"
+    beside(result).write_text(json.dumps({"of": {"samples": 4}}) + "\n" + json.dumps({"batch": 0, "row": {}}) + "\n")
+    evaluate.run([one / "artifact"], name, plain(home), result, discard=True)
+    assert "batches are there" not in capsys.readouterr().err
+    assert told(result) == told(one / "plain.json")
