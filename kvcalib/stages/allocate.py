@@ -199,7 +199,8 @@ class _Work:
         self.codebooks = Codebooks.load(run_dir)
         self.layers = _quantized(self.codebooks, settings)
         self.calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        self.recorded = {**settings.model_dump(mode="json"), "codebooks": _codebooks_hash(run_dir), "check": check}
+        self.recorded = {**settings.model_dump(mode="json"), "check": check}
+        self.recorded |= {"codebooks": run_dir.output_hash("fit-nuq", CODEBOOKS)}
         self.recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
         self.subject: Subject | None = None
         self.texts: dict[str, np.ndarray] = {}
@@ -254,7 +255,7 @@ class _Work:
         elements = sum(w.numel() for w in plan.widths.values())
         allocation = Allocation(
             settings=settings,
-            codebooks=_codebooks_hash(self.run_dir),
+            codebooks=self.run_dir.output_hash("fit-nuq", CODEBOOKS),
             mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
             effective_bits=bits,
             loss=sum(losses.values()),
@@ -270,7 +271,7 @@ class _Work:
     def write(self, allocation: Allocation, widths: Widths) -> None:
         """Write the plan into the run."""
         tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
-        write_tensors(self.run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
+        write_tensors(self.run_dir.output("allocate", ALLOCATION), tensors, allocation.model_dump(mode="json"))
         self.run_dir.finish("allocate", self.recorded, [ALLOCATION])
 
 
@@ -373,7 +374,7 @@ def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
         InputError: there are none, or they were chosen for other codebooks than those there now.
         CorruptFile: a layer is missing or unknown, or a width is none that the storage knows.
     """
-    expected = _codebooks_hash(run_dir)
+    expected = run_dir.output_hash("fit-nuq", CODEBOOKS)
     path = run_dir.file(ALLOCATION)
     other = (
         f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
@@ -465,7 +466,3 @@ def _layer_plan(layer: int, widths: Widths, losses: dict[Name, float]) -> LayerP
         key_loss=losses.get((layer, "key"), 0.0),
         value_loss=losses.get((layer, "value"), 0.0),
     )
-
-
-def _codebooks_hash(run_dir: RunDir) -> str:
-    return str((run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS))
