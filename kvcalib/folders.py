@@ -39,7 +39,6 @@ def replacing_folder(folder: Path, may_replace: Callable[[], bool], size: int | 
         place = Path(os.path.realpath(folder))  # a link stays one, and what it names is replaced
         place.parent.mkdir(parents=True, exist_ok=True)
         recover(folder)
-        remove_leftovers(place.parent, place.name)
         temporary, handle = claim(place, folder=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
@@ -62,14 +61,14 @@ def replacing_folder(folder: Path, may_replace: Callable[[], bool], size: int | 
 
 
 def recover(folder: Path) -> None:
-    """Bring back a folder whose writer was killed between two renames; where it is there, nothing is to be done."""
+    """Remove what killed writers of `folder` left beside it; bring it back if one was killed between two renames."""
     place = Path(os.path.realpath(folder))
-    if os.path.lexists(place):
-        remove_leftovers(place.parent, place.name, "old")
-        return
-    for old in leftovers(place.parent, place.name, "old")[:1]:
-        with contextlib.suppress(OSError):
-            old.rename(place)
+    remove_leftovers(place.parent, place.name)
+    if not os.path.lexists(place):
+        for old in leftovers(place.parent, place.name, "old")[:1]:
+            with contextlib.suppress(OSError):
+                old.rename(place)
+    remove_leftovers(place.parent, place.name, "old")
 
 
 def _exchange(new: Path, place: Path) -> None:

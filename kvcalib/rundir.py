@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcalib.errors import CorruptFile, FolderInUse, InputError, KvcalibError
-from kvcalib.files import hash_file, is_at, read_json, remove_leftovers, sync_folder, write_error, write_json
+from kvcalib.files import hash_file, is_at, leftovers, read_json, remove_leftovers, sync_folder, write_error, write_json
 from kvcalib.model.identity import hash_json
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
@@ -76,7 +76,8 @@ class RunDir:
         """FolderInUse if `path` holds files that no run of kvcalib wrote; a run may be there, or nothing."""
         if (path / "run.json").is_file() or not path.exists():
             return
-        if not path.is_dir() or any(path.iterdir()):
+        # A process that was killed while it began a run has left no more than a part of its marker.
+        if not path.is_dir() or set(path.iterdir()) - set(leftovers(path, "run.json")):
             raise FolderInUse(f"{path}: is not empty and holds no run of kvcalib; choose another folder")
 
     def file(self, name: str) -> Path:
