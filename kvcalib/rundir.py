@@ -251,7 +251,6 @@ class RunDir:
         folder = self.path / "staged" / stage
         write_json(folder / RECORD, {"settings": settings, "outputs": digests})
         try:
-            (self.path / "stages").mkdir(exist_ok=True)
             self._put(folder)
         except OSError as error:
             raise write_error(folder, error) from error
@@ -259,6 +258,7 @@ class RunDir:
     def _put(self, folder: Path) -> None:
         """Move a stage's finished files to their places, its record last."""
         record = self.path / "stages" / f"{folder.name}.json"
+        record.parent.mkdir(exist_ok=True)
         for path in sorted(folder.iterdir()):
             if path.name != RECORD:
                 os.replace(path, self.path / path.name)
