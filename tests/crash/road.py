@@ -27,13 +27,14 @@ class Road:
     def __init__(self, home: Path, stem: Stem) -> None:
         self.home, self.stem, self.work = home, stem, home / "work"
         save(tiny_llama(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48), home / "model")
-        rows = np.random.default_rng(0).integers(3, VOCABULARY, (ROWS, LENGTH)).tolist()
-        (home / "data.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-        self.commands = dict(_commands(home / "model", home / "data.jsonl", self.work))
+        for seed, name in enumerate(("data.jsonl", "other.jsonl")):
+            rows = np.random.default_rng(seed).integers(3, VOCABULARY, (ROWS, LENGTH)).tolist()
+            (home / name).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+        self.commands = dict(_commands(home, self.work))
         self.ended: dict[str, Ended] = {}
         (home / "states").mkdir()
         # Somewhere else first, so that everything is compiled.
-        for _, args in _commands(home / "model", home / "data.jsonl", home / "elsewhere"):
+        for _, args in _commands(home, home / "elsewhere"):
             stem.warm(*args)
         self.work.mkdir()
         for stage, args in self.commands.items():
@@ -61,10 +62,12 @@ class Road:
         return ended
 
 
-def _commands(model: Path, data: Path, work: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _commands(home: Path, work: Path) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    model, data = home / "model", home / "data.jsonl"
     run, small, large = work / "run", work / "small", work / "large"
     text = ("--samples", 6, "--seq-len", LENGTH)
-    yield "fisher", ("fisher", model, "--run", run, "--data", data, *text, "--batch-size", 1, "--keep-tokens", 64)
+    passing = (*text, "--batch-size", 1, "--keep-tokens", 64)
+    yield "fisher", ("fisher", model, "--run", run, "--data", data, *passing)
     yield "fit-nuq", ("fit-nuq", run, "--key-bits", 3, "--value-bits", 3)
     yield "friendliness", ("friendliness", run)
     yield "allocate", ("allocate", run, "--budget", 4)
@@ -82,6 +85,8 @@ def _commands(model: Path, data: Path, work: Path) -> Iterator[tuple[str, tuple[
     yield "report", ("report", run)
     other = ("fit-nuq", run, "--key-bits", 3, "--value-bits", 3, "--sinks", 2)
     yield "fit-nuq again", other
+    yield "fisher b", ("fisher", model, "--run", work / "b", "--data", home / "other.jsonl", *passing)
+    yield "merge", ("merge", run, work / "b", "--out", work / "both")
     yield "run", ("run", model, "--data", data, *text, "--out", work / "whole", "--bits", 4, "--eval-data", data)
 
 

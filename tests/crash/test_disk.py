@@ -5,12 +5,11 @@ import re
 import pytest
 
 from tests.crash.road import differences, tree
-from tests.crash.stem import may_mount
 
 # Stages with their first own output, for the message must name a file of it, and the sizes are of its files.
 STAGES = (
     "fisher", "fit-nuq", "fit-nuq again", "friendliness", "allocate", "allocate kl", "build", "build again", "eval",
-    "tiers again", "card", "export", "report",
+    "tiers again", "merge", "card", "export", "report",
 )  # fmt: skip
 BLOCK = 4096
 ROOM = (0.0, 0.4, 0.9)

@@ -12,9 +12,20 @@ from tests.crash.road import tree
 KILLS = 20
 STAGES = (
     "fisher", "fit-nuq", "friendliness", "allocate", "build", "allocate kl", "eval", "tiers", "tiers again", "card",
-    "build again", "export", "report", "fit-nuq again", "run",
+    "build again", "export", "report", "fit-nuq again", "merge", "run",
 )  # fmt: skip
-RANDOM = ("fisher", "fit-nuq", "friendliness", "allocate", "allocate kl", "build", "build again", "eval", "run")
+RANDOM = (
+    "fisher",
+    "fit-nuq",
+    "friendliness",
+    "allocate",
+    "allocate kl",
+    "build",
+    "build again",
+    "eval",
+    "merge",
+    "run",
+)
 MOST = {"run": 12, "allocate kl": 12, "fisher": 20}
 """Of stages with many operations a sample is enough."""
 
