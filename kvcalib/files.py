@@ -52,14 +52,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     """An empty file beside `path` to write into; renamed to `path` if all goes well, else removed.
 
-    What is no file (a pipe, a device) is written to as it is.
+    What is no file (a pipe, a device, `/dev/stdout`) is written to as it is.
 
     Raises:
         NotWritable: the block, or the rename, met an error of the system.
     """
     temporary, handle = None, -1
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if is_stream(path):
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,11 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
         if handle >= 0:
             os.close(handle)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is there and cannot be replaced by a file: a pipe, a device, a name of one."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or path.parent == Path("/dev"))
 
 
 def claim(path: Path, folder: bool = False) -> tuple[Path, int]:
@@ -150,7 +155,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_error(path: Path, error: OSError, size: int | None = None) -> NotWritable:
     """The error to show when writing `path` failed."""
-    wanted = "" if size is None else f" ({size / 1e6:.1f} MB)"
+    wanted = "" if size is None else f" ({size / 1e6:.1f} MB)" if size > 1e5 else f" ({size / 1e3:.1f} kB)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotWritable(
             f"{path}: the disk is full, nothing was changed{wanted}; free space and start again, or choose another "

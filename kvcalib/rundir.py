@@ -40,6 +40,8 @@ FRIENDLINESS, FRIENDLINESS_PLOT = "friendliness.json", "friendliness.svg"
 ALLOCATION = "allocation.safetensors"
 ALLOCATION_PLOT, KL_MEASURES = "allocation.svg", "kl.jsonl"
 RECORD = "record.json"
+OLD = 3600.0
+"""Seconds after which a sign of a launch has lost its process."""
 
 
 class RunDir:
@@ -131,6 +133,10 @@ class RunDir:
         """Finish or remove what a killed process was at; the lock is held."""
         remove_leftovers(self.path)
         remove_leftovers(self.path / "stages")
+        for sign in self.path.glob(".launch-*"):  # `launch.disks` needs them for a moment
+            with contextlib.suppress(OSError):
+                if time.time() - sign.stat().st_mtime > OLD:
+                    sign.unlink()
         try:
             for folder in _folders(self.path / "staged"):
                 if (folder / RECORD).is_file():

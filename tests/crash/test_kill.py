@@ -69,3 +69,20 @@ def test_crash_before_every_operation(road, stage, tmp_path):
         number = int(state.name[:4])
         road.restart(stage, f"{state.name}: before {quiet.operations[number - 1][1]!r}")
         shutil.rmtree(state)
+
+
+def test_at_most_one_batch_is_lost(road):
+    """Killed near its end, the pass goes on where it was: the model runs the batches that are missing, no others."""
+    quiet = road.ended["fisher"]
+    commits = [n for n, (_, what) in enumerate(quiet.operations, 1) if what.startswith("os.rename run/parts/fisher/")]
+    commits = [n for n in commits if quiet.operations[n - 1][1].endswith("state.safetensors")]
+    batches = len(commits)
+    assert batches == 6
+    proof = quiet.passes - batches  # of the tap, each time
+    for done in (1, batches - 1):
+        road.put("before fisher")
+        ended = road.run("fisher", die=commits[done] - 1)  # the batch after them is not committed yet
+        assert ended.code == -signal.SIGKILL
+        again = road.restart("fisher", f"killed after {done} batches")
+        assert again.passes == proof + batches - done
+        assert f"going on after {done} of {batches} sequences" in again.err
