@@ -21,6 +21,10 @@ class InputError(KvcalibError):
     exit_code = 2
 
 
+class NotWritable(InputError):
+    """A file cannot be written: the disk is full or read-only, or reports an error."""
+
+
 class CorruptFile(InputError):
     """A file of ours is damaged: truncated, altered or of an unknown version."""
 

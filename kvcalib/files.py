@@ -1,75 +1,179 @@
 """Files that are written whole or not at all, and safetensors files with one metadata key.
 
-A write goes to a temporary name beside the target and is renamed. safetensors orders its metadata at random, so the
-same content would give other bytes from run to run: all of ours have a single key, `kvcalib`, with canonical JSON.
+A write goes to a temporary name beside the target, onto the disk, and is renamed. The temporary file is locked while
+its writer lives, so that what a killed process left can be told from what another one is writing, and is removed by
+the next write of the same file. safetensors orders its metadata at random, so the same content would give other bytes
+from run to run: all of ours have a single key, `kvcalib`, with canonical JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from kvcalib.errors import CorruptFile, InputError
+from kvcalib.errors import CorruptFile, InputError, NotWritable
 
 METADATA_KEY = "kvcalib"
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
+"""What file systems say that cannot put a folder onto the disk."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically.
 
     Raises:
-        InputError: the folder cannot be written or the disk is full; what was at `path` is untouched.
+        NotWritable: the folder cannot be written or the disk is full; what was at `path` is untouched.
     """
     with replacing(path, len(content)) as temporary, open(temporary, "wb") as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, size: int) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; renamed to `path` if all goes well, else removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
+    """An empty file beside `path` to write into; renamed to `path` if all goes well, else removed.
+
+    What is no file (a pipe, a device, `/dev/stdout`) is written to as it is.
+
+    Raises:
+        NotWritable: the block, or the rename, met an error of the system.
+    """
+    temporary, handle = None, -1
     try:
+        if is_stream(path):
+            yield path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        temporary, handle = claim(path)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        os.fsync(handle)
         os.replace(temporary, path)
-    except BaseException as error:
+        temporary = None
+        sync_folder(path.parent)
+    except OSError as error:
+        raise write_error(path, error, size) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        if handle >= 0:
+            os.close(handle)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is there and cannot be replaced by a file: a pipe, a device, a name of one."""
+    return path.exists() and not path.is_dir() and (not path.is_file() or path.parent == Path("/dev"))
+
+
+def claim(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file, or folder, under a temporary name beside `path`, and the descriptor that holds its lock."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        if folder:
+            temporary.mkdir()
+        handle = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks: then nothing is taken for a leftover either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if is_at(handle, temporary):
+            return temporary, handle
+        os.close(handle)  # in the moment before it was locked it was taken for a leftover
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether `path` still is what was opened as `handle`."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def remove_leftovers(folder: Path, name: str | None = None, kind: str = "tmp") -> None:
+    """Remove what killed processes left half written in `folder`: of the file or folder `name`, or of all.
+
+    What a living process is writing stays.
+    """
+    for path in leftovers(folder, name, kind):
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # its writer wraps the system's error in one of its own
-            code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
-            raise write_error(path, OSError(code, str(error)), size) from error
-        if isinstance(error, OSError):
-            raise write_error(path, error, size) from error
-        raise
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder`; nobody else may be writing there."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def leftovers(folder: Path, name: str | None = None, kind: str = "tmp") -> list[Path]:
+    """Temporary files and folders in `folder` whose writers are dead; of `name`, or of all."""
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{1,8}}\.{kind}")
+    try:
+        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:
+        return []
+    return sorted(path for path in found if _abandoned(path))
 
 
-def write_error(path: Path, error: OSError, size: int | None = None) -> InputError:
+def _abandoned(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in `folder` onto the disk: without that a new or renamed file can be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_error(path: Path, error: OSError, size: int | None = None) -> NotWritable:
     """The error to show when writing `path` failed."""
-    wanted = "" if size is None else f" ({size / 1e6:.1f} MB)"
+    wanted = "" if size is None else f" ({size / 1e6:.1f} MB)" if size > 1e5 else f" ({size / 1e3:.1f} kB)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"{path}: the disk is full, nothing was changed{wanted}; free space or choose another folder")
+        return NotWritable(
+            f"{path}: the disk is full, nothing was changed{wanted}; free space and start again, or choose another "
+            "folder"
+        )
+    if error.errno == errno.EFBIG:
+        return NotWritable(
+            f"{path}: too large for this disk or for the limit of this process, nothing was changed{wanted}; raise the "
+            "limit (ulimit -f), or choose another folder"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return InputError(f"{path}: not writable ({error.strerror}); choose another folder")
-    return InputError(f"{path}: cannot be written ({error.strerror or error})")
+        return NotWritable(f"{path}: not writable ({error.strerror}); choose another folder")
+    if error.errno == errno.EIO:
+        return NotWritable(
+            f"{path}: cannot be written, the disk reports an error ({error.strerror}); check the disk, or choose "
+            "another folder"
+        )
+    return NotWritable(f"{path}: cannot be written ({error.strerror or error}); choose another name or folder")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,12 +201,36 @@ def encode_tensors(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
     """Write the bytes of `encode_tensors` to `path` atomically, without a copy of them in memory.
 
+    The library's own writer makes a temporary file that a killed process leaves behind under a name of its choice.
+
     Raises:
-        InputError: as `write_bytes`.
+        NotWritable: as `write_bytes`.
     """
-    ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
-    with replacing(path, sum(t.nbytes for t in ready.values())) as temporary:
-        save_file(ready, temporary, metadata=tensors_note(metadata))
+    header, order, size = layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
+    with replacing(path, size) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for name in order:
+            file.write(flat_bytes(tensors[name]))
+
+
+def layout(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Any) -> tuple[bytes, list[str], int]:
+    """A safetensors file's header with the length before it, its tensors in their order, and its size in bytes."""
+    order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": tensors_note(metadata)}
+    end = 0
+    for name in order:
+        dtype, shape = specs[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, order, 8 + len(text) + end
+
+
+def flat_bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes, row-major, as a buffer."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 def tensors_note(metadata: Any) -> dict[str, str]:
@@ -157,7 +285,4 @@ def hash_file(path: Path) -> str:
 
 def hash_tensor(tensor: Tensor) -> str:
     """sha256 of the tensor's bytes, row-major."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hash_bytes(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return hashlib.sha256(flat_bytes(tensor)).hexdigest()

@@ -20,13 +20,9 @@ import torch
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile
-from kvcalib.files import read_tensors, replacing, tensors_note
+from kvcalib.files import DTYPES, flat_bytes, layout, read_tensors, replacing
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 GAP = 16 << 10
 """Bytes between two rows that are rather read than skipped."""
 SPAN = 1 << 20
@@ -130,17 +126,9 @@ def stream_tensors(
     Raises:
         InputError: as `write_bytes`. ValueError: the pieces of a tensor are not what `specs` says.
     """
-    order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": tensors_note(metadata)}
-    end = 0
-    for name in order:
-        dtype, shape = specs[name]
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
-    with replacing(path, 8 + len(text) + end) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    header, order, size = layout(specs, metadata)
+    with replacing(path, size) as temporary, open(temporary, "wb") as file:
+        file.write(header)
         for name in order:
             dtype, shape = specs[name]
             left = math.prod(shape)
@@ -148,6 +136,6 @@ def stream_tensors(
                 left -= piece.numel()
                 if piece.dtype != dtype or left < 0:
                     raise ValueError(f"{name}: a piece is {piece.dtype} {list(piece.shape)}, expected {dtype} {shape}")
-                file.write(as_bytes(piece.detach().cpu().contiguous()).data)
+                file.write(flat_bytes(piece))
             if left:
                 raise ValueError(f"{name}: {left} elements are missing of {dtype} {shape}")

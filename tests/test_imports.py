@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvcalib"
-LEAVES = {"errors", "files", "streamed"}  # anybody may import them, but for quant, which needs nothing
+LEAVES = {"errors", "files", "folders", "streamed"}  # anybody may import them, but for quant, which needs nothing
 
 # room: what it may import of other rooms
 ROOMS = {
@@ -29,6 +29,7 @@ ROOMS = {
 FILES = {
     "errors": set(),
     "files": {"errors"},
+    "folders": {"files"},
     "streamed": {"errors", "files"},
     "launch": {"errors", "files"},
     "rundir": {"model.identity"},

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from kvcalib import streamed
 from kvcalib.errors import CorruptFile, InputError
-from kvcalib.files import read_tensors, write_tensors
-from kvcalib.streamed import DTYPES, TensorFile, stream_tensors
+from kvcalib.files import DTYPES, read_tensors, write_tensors
+from kvcalib.streamed import TensorFile, stream_tensors
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 

@@ -27,6 +27,7 @@ from kvcalib.artifact.exports import FILES, FOLDER
 from kvcalib.artifact.manifest import Manifest
 from kvcalib.artifact.store import CARD, MANIFEST, TENSORS
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
+from kvcalib.folders import recover
 
 PATTERNS = [MANIFEST, TENSORS, CARD, *(f"{FOLDER}/{name}" for name in sorted(FILES))]
 MAIN = "main"
@@ -79,6 +80,8 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
         InputError: neither a folder nor an artifact on the Hub that can be reached.
     """
     folder = Path(path)
+    if not folder.exists():
+        recover(folder)
     return folder if folder.is_dir() else fetch(parse(str(path), revision, NO_FOLDER)).folder
 
 

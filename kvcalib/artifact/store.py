@@ -7,8 +7,6 @@ files' hashes, every tensor's dtype, shape and hash. Nothing is executed, no pat
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from torch import Tensor
 from kvcalib.artifact.exports import FILES, FOLDER
 from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
-from kvcalib.files import encode_tensors, hash_bytes, hash_file, hash_tensor, read_tensors, write_error
+from kvcalib.files import encode_tensors, hash_bytes, hash_file, hash_tensor, leftovers, read_tensors
+from kvcalib.folders import recover, replacing_folder
 
 MANIFEST, TENSORS, CARD = "manifest.json", "tensors.safetensors", "README.md"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -57,28 +56,14 @@ def install(folder: Path, content: dict[str, bytes], overwrite: bool = False) ->
     Raises:
         FolderInUse, InputError: as `write`.
     """
+    recover(folder)
     if folder.exists() and _settled(folder, content, overwrite):
         return
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
+    size = sum(len(data) for data in content.values())
+    with replacing_folder(folder, lambda: not _settled(folder, content, overwrite), size) as temporary:
         for name, data in content.items():
             (temporary / name).parent.mkdir(exist_ok=True)
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        if isinstance(error, OSError):
-            raise write_error(folder, error, sum(len(d) for d in content.values())) from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            (temporary / name).write_bytes(data)
 
 
 def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
@@ -87,7 +72,6 @@ def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
         raise FolderInUse(f"{folder}: is a file, expected a folder for the artifact; choose another --out")
     present = {p.name for p in folder.iterdir()}
     if not present:
-        folder.rmdir()
         return False
     known = {MANIFEST, TENSORS, CARD, *({FOLDER} if len(_exports(folder)) == _entries(folder / FOLDER) else ())}
     if MANIFEST not in present or present - known:
@@ -103,7 +87,8 @@ def _settled(folder: Path, content: dict[str, bytes], overwrite: bool) -> bool:
 
 
 def _entries(folder: Path) -> int:
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    """How many exports, or other things, lie in `folder`; what a killed process left half written is none."""
+    return len(set(folder.iterdir()) - set(leftovers(folder))) if folder.is_dir() else 0
 
 
 def _exports(folder: Path) -> list[str]:
@@ -141,6 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: there is no artifact. CorruptFile: the manifest is damaged or of an unknown version.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        recover(folder)
     if not path.is_file():
         raise InputError(f"{folder}: no artifact there (no {MANIFEST}); give the folder that `kvcalib build` wrote")
     if path.stat().st_size > MAX_MANIFEST_BYTES:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from kvcalib.calibration.statistics import LayerShape
 from kvcalib.errors import CorruptFile, InputError
-from kvcalib.files import remove_leftovers, write_error, write_tensors
-from kvcalib.streamed import DTYPES, Spec, TensorFile, as_bytes, gather_rows
+from kvcalib.files import DTYPES, remove_leftovers, write_error, write_tensors
+from kvcalib.streamed import Spec, TensorFile, as_bytes, gather_rows
 
 ROWS, STATE, DONE = "rows", "state.safetensors", "done"
 TYPES = {name: dtype for dtype, name in DTYPES.items()}

@@ -375,15 +375,15 @@ def build(
 
         uniform = one_dial(bits, key_bits, value_bits)
         run_dir = RunDir(run)
-        widths, budget, options = None, None, None
+        widths, budget, options, planned_on = None, None, None, None
         if bits is not None:
             found, widths = allocation.run(run_dir, at_budget(run_dir, bits))
             print_allocated(found.effective_bits, found.mean_width, run)
-            budget, options = budget_of(found), found.options
+            budget, options, planned_on = budget_of(found), found.options, found.codebooks
         elif not uniform and run_dir.record("allocate") is not None:
             found, widths = allocation.load(run_dir)
-            budget, options = budget_of(found), found.options
-        stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget, options)
+            budget, options, planned_on = budget_of(found), found.options, found.codebooks
+        stage.run(run_dir, out, key_bits, value_bits, recent, overwrite, widths, budget, options, planned_on)
         print_path("artifact", out)
 
 

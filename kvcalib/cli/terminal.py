@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,7 +18,7 @@ import typer.core
 import typer.exceptions
 from rich.console import Console
 
-from kvcalib.errors import InputError, KvcalibError
+from kvcalib.errors import InputError, KvcalibError, NotWritable
 
 # Without a terminal rich would cut tables at 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
@@ -31,6 +33,9 @@ class Commands(typer.core.TyperGroup):
             return super().main(args, prog_name, **kwargs, standalone_mode=False)
         try:
             code = super().main(args, prog_name, **kwargs, standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):  # before the command itself has begun
+            _print_error("interrupted")
+            sys.exit(130)
         except typer.exceptions.TyperException as error:
             if speaks():
                 _print_error(_with_value(error, list(sys.argv[1:] if args is None else args)))
@@ -59,16 +64,56 @@ def speaks() -> bool:
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
     """Errors meant for the user become one message and their exit code."""
+    with _end_on_term():
+        try:
+            yield
+            sys.stdout.flush()
+        except KvcalibError as error:
+            _fail(str(error), error.exit_code, _said_elsewhere(error))
+        except Terminated:
+            _fail("ended by a signal (SIGTERM)", 143)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            # The reader of our output (head, less) has gone; that is its right.
+            _drop_output()
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if error.errno is None:
+                raise
+            from kvcalib.files import write_error  # takes torch, which `--help` does not wait for
+
+            _drop_output()
+            _fail(str(write_error(Path(str(error.filename or "standard output")), error)), NotWritable.exit_code)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM, as `kill` and batch systems do."""
+
+
+@contextlib.contextmanager
+def _end_on_term() -> Iterator[None]:
+    """SIGTERM is Ctrl-C by another name: locks are given back, temporary files removed."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
     try:
         yield
-    except KvcalibError as error:
-        _fail(str(error), error.exit_code, _said_elsewhere(error))
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; that is its right.
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _drop_output() -> None:
+    """What is not yet printed is not tried again when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
 
 
 def _said_elsewhere(error: KvcalibError) -> bool:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvcalib.artifact.store import MANIFEST, MAX_MANIFEST_BYTES
 from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import hash_file
+from kvcalib.folders import recover
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.adaptive import KEEP_EXACT, AdaptiveLayer, KeepExact, LayerRule, Signal
 from kvcalib.runtime.evicting_adaptive import EvictingAdaptiveLayer
@@ -150,6 +151,8 @@ def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int =
 
     folder = Path(folder)
     path = folder / RULE
+    if not folder.exists():
+        recover(folder)
     if not path.is_file():
         raise InputError(f"{folder}: no adaptive widths there (no {RULE}); give the folder that `kvcalib tiers` wrote")
     if path.stat().st_size > MAX_MANIFEST_BYTES:

@@ -27,7 +27,6 @@ from kvcalib.stages.allocation import (
     Allocation,
     LayerPlan,
     Widths,
-    codebooks_hash,
     drawing,
     load,
 )
@@ -120,7 +119,8 @@ class _Work:
         self.codebooks = Codebooks.load(run_dir)
         self.layers = _quantized(self.codebooks, settings)
         self.calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        self.recorded = {**settings.model_dump(mode="json"), "codebooks": codebooks_hash(run_dir), "check": check}
+        self.recorded = {**settings.model_dump(mode="json"), "check": check}
+        self.recorded |= {"codebooks": run_dir.output_hash("fit-nuq", CODEBOOKS)}
         self.recorded |= {"exact_layers": sorted(set(settings.exact_layers)), "stage_version": STAGE_VERSION}
         self.subject: Subject | None = None
         self.texts: dict[str, np.ndarray] = {}
@@ -175,7 +175,7 @@ class _Work:
         elements = sum(w.numel() for w in plan.widths.values())
         allocation = Allocation(
             settings=settings,
-            codebooks=codebooks_hash(self.run_dir),
+            codebooks=self.run_dir.output_hash("fit-nuq", CODEBOOKS),
             mean_width=sum(int(w.sum()) for w in plan.widths.values()) / elements,
             effective_bits=bits,
             loss=sum(losses.values()),
@@ -191,7 +191,7 @@ class _Work:
     def write(self, allocation: Allocation, widths: Widths) -> None:
         """Write the plan into the run."""
         tensors = {f"layers.{layer}.{role}.widths": w for (layer, role), w in widths.items()}
-        write_tensors(self.run_dir.file(ALLOCATION), tensors, allocation.model_dump(mode="json"))
+        write_tensors(self.run_dir.output("allocate", ALLOCATION), tensors, allocation.model_dump(mode="json"))
         self.run_dir.finish("allocate", self.recorded, [ALLOCATION])
 
 

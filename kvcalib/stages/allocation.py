@@ -116,7 +116,7 @@ def load(run_dir: RunDir) -> tuple[Allocation, Widths]:
         InputError: there are none, or they were chosen for other codebooks than those there now.
         CorruptFile: a layer is missing or unknown, or a width is none that the storage knows.
     """
-    expected = codebooks_hash(run_dir)
+    expected = run_dir.output_hash("fit-nuq", CODEBOOKS)
     path = run_dir.file(ALLOCATION)
     other = (
         f"{run_dir.path}: its widths were chosen for other codebooks than those there now; "
@@ -174,8 +174,3 @@ def drawing(allocation: Allocation) -> str:
     layers = [Layer(**layer.model_dump()) for layer in allocation.layers if not layer.exact]
     chosen = (allocation.mean_width, allocation.loss)
     return allocation_plot(f"Allocation by {allocation.settings.title}", note_, layers, allocation.curve, chosen)
-
-
-def codebooks_hash(run_dir: RunDir) -> str:
-    """The hash of the run's codebooks, by which widths know theirs."""
-    return str((run_dir.record("fit-nuq") or {}).get("outputs", {}).get(CODEBOOKS))

@@ -22,9 +22,10 @@ from kvcalib.artifact.manifest import (
     Calibration as CalibrationRecord,
 )
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pairs
+from kvcalib.errors import FolderInUse
 from kvcalib.quant.packing import GROUP
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.rundir import CALIBRATION, CODEBOOKS, RunDir
 from kvcalib.stages.allocators import is_exact
 from kvcalib.stages.fit_nuq import ROLES, Codebooks, Options, Role, predicted_total
 from kvcalib.stages.friendliness import measure
@@ -41,6 +42,7 @@ def run(
     widths: dict[tuple[int, Role], Tensor] | None = None,
     budget: Budget | None = None,
     options: Options | None = None,
+    planned_on: str | None = None,
 ) -> Manifest:
     """Build the artifact `out`; bits default to those that `fit-nuq` was given.
 
@@ -49,13 +51,17 @@ def run(
             layer with 16 throughout stays exact: it is left out, and the model's own cache keeps it.
         budget: effective bits that were asked for and that the plan has, to be recorded.
         options: by layer and role, outliers and scope in place of those that `fit-nuq` was given.
+        planned_on: the hash of the codebooks that `widths` were chosen for.
 
     Raises:
         InputError: a stage before has not run, or fitted no codebooks of an option. FolderInUse: `out` holds something
-            else.
+            else, another process is writing in the run, or has fitted it anew since `widths` were chosen.
     """
-    codebooks = Codebooks.load(run_dir).under(options or {})
-    calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+    with run_dir.lock(shared=True):
+        if planned_on is not None and planned_on != run_dir.output_hash("fit-nuq", CODEBOOKS):
+            raise FolderInUse(f"{run_dir.path}: its codebooks have changed since the widths were chosen; build again")
+        codebooks = Codebooks.load(run_dir).under(options or {})
+        calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
     bits: dict[Role, int] = {
         "key": codebooks.settings.key_bits if key_bits is None else key_bits,
         "value": codebooks.settings.value_bits if value_bits is None else value_bits,

@@ -136,7 +136,7 @@ def run(
             with here.step("fisher"):
                 if here.first:
                     info = pass_info(identity, pass_settings, sequences, parts[0].layers)
-                    join_parts(run_dir.file(CALIBRATION), parts, chosen, batch_size, info)
+                    join_parts(run_dir.output("fisher", CALIBRATION), parts, chosen, batch_size, info)
                     run_dir.finish("fisher", recorded, [CALIBRATION])
         here.in_turn("fisher", lambda: run_dir.drop_parts("fisher"))
     with here.step("fisher"):

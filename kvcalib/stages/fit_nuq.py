@@ -143,7 +143,7 @@ def _join(run_dir: RunDir, files: list[Path], settings: FitNuqSettings, recorded
         return (owner[name][name],)
 
     specs = {name: source.specs[name] for name, source in owner.items()}
-    stream_tensors(run_dir.file(CODEBOOKS), specs, pieces, {"settings": settings.model_dump(mode="json")})
+    stream_tensors(run_dir.output("fit-nuq", CODEBOOKS), specs, pieces, {"settings": settings.model_dump(mode="json")})
     run_dir.finish("fit-nuq", recorded, [CODEBOOKS])
 
 

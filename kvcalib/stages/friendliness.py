@@ -123,17 +123,16 @@ def run(run_dir: RunDir) -> dict[str, Any]:
         `{"chosen": [key bits, value bits], "layers": [{"index", "bits": {"2": figures, ...}, "chosen": figures}]}`;
         figures are what `LayerFigures.record` gives.
     """
-    codebooks = Codebooks.load(run_dir)
-    chosen = codebooks.settings.bits
-    pairs = sorted({(bits, bits) for bits in (*WIDTHS, *chosen.values())} | {(chosen["key"], chosen["value"])})
-    record = run_dir.record("fit-nuq") or {}
-    recorded = {
-        "codebooks": record["outputs"][CODEBOOKS],
-        "widths": [list(pair) for pair in pairs],
-        "chosen": list(chosen.values()),
-        "stage_version": STAGE_VERSION,
-    }
     with run_dir.lock():
+        codebooks = Codebooks.load(run_dir)
+        chosen = codebooks.settings.bits
+        pairs = sorted({(bits, bits) for bits in (*WIDTHS, *chosen.values())} | {(chosen["key"], chosen["value"])})
+        recorded = {
+            "codebooks": run_dir.output_hash("fit-nuq", CODEBOOKS),
+            "widths": [list(pair) for pair in pairs],
+            "chosen": list(chosen.values()),
+            "stage_version": STAGE_VERSION,
+        }
         if run_dir.up_to_date("friendliness", recorded):
             note("friendliness: up to date")
             return read_json(run_dir.file(FRIENDLINESS))
@@ -157,8 +156,9 @@ def run(run_dir: RunDir) -> dict[str, Any]:
                 for i, layer in enumerate(codebooks.layers)
             ],
         }
-        write_json(run_dir.file(FRIENDLINESS), table)
-        write_bytes(run_dir.file(FRIENDLINESS_PLOT), _plot(calibration, chosen, found).encode())
+        write_json(run_dir.output("friendliness", FRIENDLINESS), table)
+        plot = _plot(calibration, chosen, found).encode()
+        write_bytes(run_dir.output("friendliness", FRIENDLINESS_PLOT), plot)
         run_dir.finish("friendliness", recorded, [FRIENDLINESS, FRIENDLINESS_PLOT])
     return table
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvcalib.errors import FolderInUse, NonFiniteActivations
 from kvcalib.evaluation.collect import Row
+from kvcalib.files import is_stream
 from kvcalib.launch import Launch
 from kvcalib.rundir import difference
 from kvcalib.stages.ledger import Ledger
@@ -125,4 +126,4 @@ class Kept:
 
 def beside(result: Path | None) -> Path | None:
     """Where the batches of a measurement are kept whose result goes to the file `result`."""
-    return None if result is None else result.with_name(f"{result.name}.partial.jsonl")
+    return None if result is None or is_stream(result) else result.with_name(f"{result.name}.partial.jsonl")

@@ -40,7 +40,7 @@ def run(sources: Sequence[Path], out: Path, overwrite: bool = False) -> Calibrat
         else:
             if not overwrite:
                 run_dir.refuse_other("fisher", recorded)
-            merger.write(run_dir.file(CALIBRATION))
+            merger.write(run_dir.output("fisher", CALIBRATION))
             run_dir.finish("fisher", recorded, [CALIBRATION])
             run_dir.drop_parts("fisher")
     return Calibration.load(run_dir.file(CALIBRATION))[0]

@@ -88,14 +88,14 @@ def _run(
         if here.first:
             friendliness.run(run_dir)
     for path, spending in artifacts.items():
-        widths, budget, options = None, None, None
+        widths, budget, options, planned_on = None, None, None, None
         if spending is not None:
             measuring = MeasureSettings(model=recipe.model)
             found, widths = allocate.run(run_dir, spending, measuring, model=model, here=here)
-            budget, options = budget_of(found), found.options
+            budget, options, planned_on = budget_of(found), found.options, found.codebooks
         with here.step("build"):
             if here.first:
-                build.run(run_dir, path, None, None, recipe.recent, overwrite, widths, budget, options)
+                build.run(run_dir, path, None, None, recipe.recent, overwrite, widths, budget, options, planned_on)
         here.supply_folder(path)
     measured = []
     if recipe.evaluate is not None:

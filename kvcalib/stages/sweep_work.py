@@ -24,6 +24,7 @@ from kvcalib.artifact.store import MANIFEST
 from kvcalib.evaluation.baselines import CALIBRATES, find
 from kvcalib.evaluation.contender import ArtifactContender, Contender
 from kvcalib.evaluation.ways import AdaptiveContender, Figures, Reading, effective_bits
+from kvcalib.files import write_error
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import load_tokenizer
 from kvcalib.model.text import token_sequences
@@ -157,13 +158,17 @@ class Work:
 
 def _share(source: RunDir, target: RunDir) -> None:
     """The calibration of one run in another: the same file under two names where the disk can do that."""
-    path = target.file(CALIBRATION)
-    path.unlink(missing_ok=True)
-    try:
-        os.link(source.file(CALIBRATION), path)
-    except OSError:
-        shutil.copyfile(source.file(CALIBRATION), path)
-    target.finish("fisher", source.settings("fisher"), [CALIBRATION])
+    path = target.output("fisher", CALIBRATION)
+    with target.lock():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source.file(CALIBRATION), path)
+            except OSError:
+                shutil.copyfile(source.file(CALIBRATION), path)
+        except OSError as error:
+            raise write_error(path, error) from error
+        target.finish("fisher", source.settings("fisher"), [CALIBRATION])
 
 
 def _measures(found: Figures) -> Measures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from kvcalib.allocation.tiers import Choice, mean_bits, meet
 from kvcalib.artifact.store import CARD, MANIFEST, TENSORS
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import FolderInUse, InputError
-from kvcalib.files import hash_file, write_error
+from kvcalib.files import hash_file
+from kvcalib.folders import recover, replacing_folder
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.adaptive import Signal
@@ -133,29 +133,26 @@ def _predicted(artifact: Artifact, layer: int, role: str) -> float:
 
 def _write(out: Path, rule: Rule, tiers: list[Path], overwrite: bool) -> None:
     """Write the folder; it appears complete or not at all."""
-    expected = {RULE, *(f"tier-{i}" for i in range(MOST_TIERS))}
+    recover(out)
     if out.exists():
-        if not out.is_dir():
-            raise FolderInUse(f"{out}: is a file, expected a folder for the adaptive widths; choose another --out")
-        present = {path.name for path in out.iterdir()}
-        if present and (RULE not in present or present - expected):
-            strange = sorted(present - expected)[:3] or sorted(present)[:3]
-            raise FolderInUse(f"{out}: holds {', '.join(strange)}, no adaptive widths; choose another --out")
-        if present and (out / RULE).read_bytes() != rule.encode() and not overwrite:
-            raise FolderInUse(f"{out}: holds other adaptive widths; choose another --out, or pass --overwrite")
-    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    try:
+        _check_replaceable(out, rule, overwrite)
+    with replacing_folder(out, lambda: _check_replaceable(out, rule, overwrite)) as temporary:
         for number, tier in enumerate(tiers):
-            (temporary / f"tier-{number}").mkdir(parents=True)
+            (temporary / f"tier-{number}").mkdir()
             for name in (MANIFEST, TENSORS, CARD):
                 shutil.copyfile(tier / name, temporary / f"tier-{number}" / name)
         (temporary / RULE).write_bytes(rule.encode())
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise write_error(out, error) from error
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(out: Path, rule: Rule, overwrite: bool) -> bool:
+    """True if what is at `out` may be replaced by `rule`; FolderInUse if not."""
+    expected = {RULE, *(f"tier-{i}" for i in range(MOST_TIERS))}
+    if not out.is_dir():
+        raise FolderInUse(f"{out}: is a file, expected a folder for the adaptive widths; choose another --out")
+    present = {path.name for path in out.iterdir()}
+    if present and (RULE not in present or present - expected):
+        strange = sorted(present - expected)[:3] or sorted(present)[:3]
+        raise FolderInUse(f"{out}: holds {', '.join(strange)}, no adaptive widths; choose another --out")
+    if present and (out / RULE).read_bytes() != rule.encode() and not overwrite:
+        raise FolderInUse(f"{out}: holds other adaptive widths; choose another --out, or pass --overwrite")
+    return True

@@ -1,0 +1,1 @@
+"""What a crash, a signal, a full or a read-only disk leaves behind."""
