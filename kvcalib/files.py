@@ -15,11 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile, InputError
+from kvcalib.tensorfile import CheckedFile, raw_bytes
+from kvcalib.untrusted import MAX_JSON_BYTES, parse_json, read_file
 
 METADATA_KEY = "kvcalib"
 
@@ -78,12 +80,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON of `path`; CorruptFile if it is not JSON."""
+    """Parsed JSON of `path`; CorruptFile if it is not JSON, too large, or no regular file."""
+    raw = read_file(path, MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (ValueError, RecursionError) as error:
+        return parse_json(raw)
+    except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error}); it is damaged or not ours") from None
 
 
@@ -120,22 +121,14 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[s
         InputError: there is no such file. CorruptFile: it is truncated, damaged, lacks one of `names` or has no
             metadata of ours.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: not found")
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(
-            f"{path}: not a readable safetensors file ({error}); {path.stat().st_size} bytes, probably truncated: "
-            "copy or build it again"
-        ) from None
+    with CheckedFile(path) as file:
+        note = file.metadata.get(METADATA_KEY)
+        tensors = {name: file.read(name) for name in (file.entries if names is None else names)}
     if note is None:
         raise CorruptFile(f"{path}: safetensors metadata has no key {METADATA_KEY!r}; it was not written by kvcalib")
     try:
-        parsed = json.loads(note)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(note, finite=False)
+    except ValueError as error:
         raise CorruptFile(
             f"{path}: its metadata is not valid JSON ({error}); the file is damaged, copy it again"
         ) from None
@@ -157,7 +150,4 @@ def hash_file(path: Path) -> str:
 
 def hash_tensor(tensor: Tensor) -> str:
     """sha256 of the tensor's bytes, row-major."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return hash_bytes(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return hashlib.sha256(raw_bytes(tensor.detach().cpu().contiguous())).hexdigest()
