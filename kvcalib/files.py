@@ -123,7 +123,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[s
     """
     with CheckedFile(path) as file:
         note = file.metadata.get(METADATA_KEY)
-        tensors = {name: file.read(name) for name in (file.entries if names is None else names)}
+        tensors = {name: file.read(name) for name in (sorted(file.entries) if names is None else names)}
     if note is None:
         raise CorruptFile(f"{path}: safetensors metadata has no key {METADATA_KEY!r}; it was not written by kvcalib")
     try:

@@ -157,7 +157,7 @@ def _entry(name: str, value: Any) -> Entry:
     for size in shape:
         elements, reach = elements * size, reach * max(1, size)
     # Shapes like [0, 10**18] take no bytes, but their strides would overflow.
-    if elements * DTYPES[kind].itemsize != offsets[1] - offsets[0] or reach >= 1 << 60:
+    if elements * DTYPES[kind].itemsize != offsets[1] - offsets[0] or reach >= 1 << 50:
         raise ValueError(
             f"data_offsets of {shown(name)} span {offsets[1] - offsets[0]} bytes, its shape {shown(shape)} of {kind} "
             "does not"

@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pydantic import ValidationError
+
 from kvcalib.errors import CorruptFile, InputError
 
 MAX_JSON_BYTES = 16 << 20
@@ -24,6 +26,13 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 2, 80, 80, 40
 def shown(value: Any) -> str:
     """`value` for a message: its `repr`, cut short, so that no file can flood or steer a terminal."""
     return _REPR.repr(value)
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first field that pydantic refused, what it is and what is wrong with it, in one short line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = shown(".".join(str(part) for part in first["loc"]))[1:-1]
+    return f"{where} is {shown(first['input'])}: {first['msg']}"
 
 
 def open_file(path: Path) -> BinaryIO:

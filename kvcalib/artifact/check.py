@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcalib.artifact.manifest import LayerSpec, Manifest, TensorRecord, TensorSpec
 from kvcalib.quant.packing import MAX_BITS, MAX_PLANES, Layout, check_widths
+from kvcalib.untrusted import shown
 
 DTYPES = {"widths": "uint8", "codebook": "float32", "word": "int16", "shift": "uint8", "weight": "float32"}
 ROLES = ("key", "value")
@@ -27,7 +28,7 @@ def check_manifest(manifest: Manifest) -> None:
     """ValueError, naming the field, unless layers are in order and `tensors` lists what they need, shapes that fit."""
     expected = {f"layers.{s.index}.{role}.{name}" for s in manifest.layers for role in ROLES for name in DTYPES}
     for name in sorted(expected ^ set(manifest.tensors)):
-        raise ValueError(f"tensors: {name!r} is " + ("missing" if name in expected else "none that a layer has"))
+        raise ValueError(f"tensors: {shown(name)} is " + ("missing" if name in expected else "none that a layer has"))
     before = -1
     for place, layer in enumerate(manifest.layers):
         if not before < layer.index < manifest.model.num_hidden_layers:
@@ -66,10 +67,10 @@ def _check_records(where: str, spec: TensorSpec, records: dict[str, TensorRecord
     tables = [planes, *plane]
     for name, expected in (("widths", plane), ("weight", plane), ("word", tables), ("shift", tables)):
         if found[name].shape != expected:
-            raise ValueError(f"tensors: {where}.{name}.shape is {found[name].shape}, expected {expected}")
+            raise ValueError(f"tensors: {where}.{name}.shape is {shown(found[name].shape)}, expected {expected}")
     channels, shape = math.prod(plane), found["codebook"].shape
     if len(shape) != 1 or not channels <= shape[0] <= channels << MAX_BITS:
-        raise ValueError(f"tensors: {where}.codebook.shape is {shape}, expected one number from {channels} on")
+        raise ValueError(f"tensors: {where}.codebook.shape is {shown(shape)}, expected one number from {channels} on")
 
 
 def check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:

@@ -24,6 +24,9 @@ _HEX = r"^[0-9a-f]{64}$"
 Sha256 = Annotated[str, Field(pattern=_HEX)]
 LARGEST = (1 << 53) - 1
 """The largest integer that any JSON reader keeps exactly."""
+MOST_LINES = 200_000
+"""A layer takes about a hundred."""
+MOST_LEVELS = 8
 MOST_SINKS = 4096
 """Sinks have their room from the first token on, so their number must not be anybody's to choose."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -169,19 +172,11 @@ class Manifest(Record):
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
-        return _render({**self._body(), "digest": self.digest})
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the manifest's bytes without the digest."""
-        return hashlib.sha256(_render(self._body())).hexdigest()
-
-    def _body(self) -> dict[str, Any]:
         body = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)
         for layer in body["layers"]:
             if layer["friendliness"] is not None:
                 layer["friendliness"] = {n: v for n, v in layer["friendliness"].items() if v is not None}
-        return body
+        return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
 
     @property
     def mean_bits(self) -> tuple[float, float]:
@@ -193,6 +188,40 @@ class Manifest(Record):
                 sums[name][1] += spec.kv_heads * spec.head_dim
         key, value = (s / n if n else 0.0 for s, n in sums.values())
         return key, value
+
+
+def decode(raw: bytes, body: dict[str, Any]) -> Manifest:
+    """The manifest whose bytes are `raw`, parsed `body`.
+
+    Raises:
+        ValueError: it has too many lines or levels, is not written in the one way there is, or its digest is another's.
+        ValidationError: a field is unknown, missing, of another type or out of its range.
+    """
+    lines = raw.count(b"\n")
+    if lines > MOST_LINES:
+        raise ValueError(f"it has {lines} lines, expected at most {MOST_LINES}")
+    if not _fits(body, lines) or _render(body) != raw:
+        raise ValueError("it is not written as a manifest is (sorted keys, one item a line, see docs/artifact.md)")
+    rest = {name: value for name, value in body.items() if name != "digest"}
+    if body.get("digest") != hashlib.sha256(_render(rest)).hexdigest():
+        raise ValueError("its digest does not match its content")
+    manifest = Manifest.model_validate(rest, strict=True)
+    if manifest.encode() != raw:
+        raise ValueError("an optional field is null that is left out where it is not known, or a float has no point")
+    return manifest
+
+
+def _fits(body: Any, lines: int) -> bool:
+    """Whether `body` can be a manifest's by its number of items, one a line, and by its depth: a quick look."""
+    level = [body]
+    for _ in range(MOST_LEVELS):
+        if (lines := lines - sum(len(value) for value in level)) < 0:
+            return False
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def _render(body: dict[str, Any]) -> bytes:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from kvcalib.artifact.check import check_manifest, check_tensors
 from kvcalib.artifact.exports import FILES, FOLDER
-from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord
+from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord, decode
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
 from kvcalib.files import METADATA_KEY, encode_tensors, hash_bytes, hash_tensor, write_error
 from kvcalib.tensorfile import CheckedFile
-from kvcalib.untrusted import MAX_JSON_BYTES, parse_json, read_file, shown
+from kvcalib.untrusted import first_fault, parse_json, read_file, shown
 
 MANIFEST, TENSORS, CARD = "manifest.json", "tensors.safetensors", "README.md"
+MAX_MANIFEST_BYTES = 8 << 20
 MAX_EXPORT_BYTES = MAX_CARD_BYTES = 4 << 20
 NOTE = f'{{"format":"kvcalib-artifact","format_version":{FORMAT_VERSION}}}'
 """The metadata of `tensors.safetensors`."""
@@ -161,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not os.path.lexists(path):
         raise InputError(f"{folder}: no artifact there (no {MANIFEST}); give the folder that `kvcalib build` wrote")
-    raw = read_file(inside(folder, MANIFEST), MAX_JSON_BYTES)
+    raw = read_file(inside(folder, MANIFEST), MAX_MANIFEST_BYTES)
     try:
         body: Any = parse_json(raw)
     except ValueError as error:
@@ -174,28 +175,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: format_version is {shown(version)}, this kvcalib reads {FORMAT_VERSION}; "
             "use the kvcalib that wrote it, or build it again"
         )
-    digest = body.pop("digest", None)
     try:
-        manifest = Manifest.model_validate(body)
+        manifest = decode(raw, body)
+        check_manifest(manifest)
     except ValidationError as error:
         raise CorruptFile(f"{path}: {first_fault(error)}; build the artifact again") from None
-    if manifest.encode() != raw:
-        what = (
-            "digest does not match its content" if digest != manifest.digest else "fields are not written canonically"
-        )
-        raise CorruptFile(f"{path}: its {what}; the artifact was altered or damaged, copy it again")
-    try:
-        check_manifest(manifest)
     except ValueError as error:
-        raise CorruptFile(f"{path}: {error}; build the artifact again") from None
+        raise CorruptFile(f"{path}: {error}; the artifact was altered or damaged, copy or build it again") from None
     return manifest
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first field that pydantic refused, what it is and what is wrong with it, in one short line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = shown(".".join(str(part) for part in first["loc"]))[1:-1]
-    return f"{where} is {shown(first['input'])}: {first['msg']}"
 
 
 def read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:

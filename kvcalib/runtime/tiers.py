@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvcalib.artifact.store import MANIFEST, first_fault, inside
+from kvcalib.artifact.store import MANIFEST, inside
 from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import hash_file
 from kvcalib.quant.quantizer import Quantizer
@@ -22,7 +22,7 @@ from kvcalib.runtime.adaptive import KEEP_EXACT, AdaptiveLayer, KeepExact, Layer
 from kvcalib.runtime.evicting_adaptive import EvictingAdaptiveLayer
 from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.pools import MOST_TIERS
-from kvcalib.untrusted import MAX_JSON_BYTES, parse_json, read_file
+from kvcalib.untrusted import MAX_JSON_BYTES, first_fault, parse_json, read_file
 
 RULE = "adaptive.json"
 Limit = Annotated[float, Field(ge=0)]
