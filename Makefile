@@ -42,7 +42,7 @@ out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
 	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality allocate report report-screenshots \
-	clean
+	fuzz audit release-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -122,6 +122,24 @@ report-screenshots: demo $(DEV)  ## docs/images/report-*.png: the demo beside ot
 	$(BIN)/kvcalib report artifacts/demo/run --comparison artifacts/demo/comparison.json --out artifacts/demo/compared.html
 	$(BIN)/python bench/report_screenshots.py artifacts/demo/compared.html $(ARGS)
 
+# Tools of their own versions, away from what kvcalib runs with.
+TOOLS := .cache/tools
+$(TOOLS)/%: | $(BIN)/python .cache/tmp
+	"$(PYTHON)" -m venv $(TOOLS)/$*
+	$(TOOLS)/$*/bin/python -m pip install $(or $(VERSIONS_$*),$*) || { rm -rf $(TOOLS)/$*; exit 1; }
+VERSIONS_release := build==1.6.1 hatchling==1.33.0
+VERSIONS_audit := pip-audit==2.10.1
+
+fuzz: export HF_HUB_OFFLINE := 1
+fuzz: $(DEV)  ## lies in artifacts, at random: [ARGS="--count 20000 --seed 1 --json bench/results/fuzz.json"]
+	$(BIN)/python -m tests.hostile.fuzz $(ARGS)
+
+audit: $(TOOLS)/audit  ## known vulnerabilities of the packages in constraints.txt, by pip-audit; needs the network
+	$(TOOLS)/audit/bin/python tools/audit.py constraints.txt $(ARGS)
+
+release-check: $(TOOLS)/release  ## build HEAD twice, apart in path, umask, time and zone: the same bytes?
+	$(TOOLS)/release/bin/python tools/release_check.py $(ARGS)
+
 bench-fisher: $(RUNTIME)  ## a fisher pass against forward passes alone
 	$(BIN)/python bench/fisher.py $(ARGS)
 
@@ -149,5 +167,6 @@ $(DEV): $(RUNTIME)
 	touch $@
 
 # Commands make temporary files even when nothing is installed anew.
-demo test lint calibrate fisher fit-nuq friendliness allocate build eval report bench-kmeans bench-fisher \
+demo test lint calibrate fisher fit-nuq friendliness allocate build eval report fuzz audit release-check bench-kmeans \
+	bench-fisher \
 	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality: | .cache/tmp

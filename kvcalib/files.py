@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvcalib.errors import CorruptFile, InputError, NotWritable
+from kvcalib.errors import CorruptFile, NotWritable
+from kvcalib.tensorfile import DTYPES as TYPES
+from kvcalib.tensorfile import CheckedFile, raw_bytes
+from kvcalib.untrusted import MAX_JSON_BYTES, parse_json, read_file
 
 METADATA_KEY = "kvcalib"
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+DTYPES = {dtype: name for name, dtype in TYPES.items()}
+"""What a safetensors file calls a type."""
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 """What file systems say that cannot put a folder onto the disk."""
 
@@ -182,12 +182,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON of `path`; CorruptFile if it is not JSON."""
+    """Parsed JSON of `path`; CorruptFile if it is not JSON, too large, or no regular file."""
+    raw = read_file(path, MAX_JSON_BYTES)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found") from None
-    except (ValueError, RecursionError) as error:
+        return parse_json(raw)
+    except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error}); it is damaged or not ours") from None
 
 
@@ -229,8 +228,7 @@ def layout(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: A
 
 def flat_bytes(tensor: Tensor) -> Any:
     """The tensor's bytes, row-major, as a buffer."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return raw_bytes(tensor.detach().cpu().contiguous())
 
 
 def tensors_note(metadata: Any) -> dict[str, str]:
@@ -248,22 +246,14 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> tuple[dict[s
         InputError: there is no such file. CorruptFile: it is truncated, damaged, lacks one of `names` or has no
             metadata of ours.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: not found")
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptFile(
-            f"{path}: not a readable safetensors file ({error}); {path.stat().st_size} bytes, probably truncated: "
-            "copy or build it again"
-        ) from None
+    with CheckedFile(path) as file:
+        note = file.metadata.get(METADATA_KEY)
+        tensors = {name: file.read(name) for name in (sorted(file.entries) if names is None else names)}
     if note is None:
         raise CorruptFile(f"{path}: safetensors metadata has no key {METADATA_KEY!r}; it was not written by kvcalib")
     try:
-        parsed = json.loads(note)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(note, finite=False)
+    except ValueError as error:
         raise CorruptFile(
             f"{path}: its metadata is not valid JSON ({error}); the file is damaged, copy it again"
         ) from None

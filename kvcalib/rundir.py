@@ -33,6 +33,7 @@ from typing import Any
 from kvcalib.errors import CorruptFile, FolderInUse, InputError, KvcalibError
 from kvcalib.files import hash_file, is_at, leftovers, read_json, remove_leftovers, sync_folder, write_error, write_json
 from kvcalib.model.identity import hash_json
+from kvcalib.untrusted import shown
 
 RUN_FORMAT = {"format": "kvcalib-run", "format_version": 1}
 CALIBRATION, CODEBOOKS = "calibration.safetensors", "codebooks.safetensors"
@@ -69,7 +70,7 @@ class RunDir:
         found = read_json(marker)
         if found != RUN_FORMAT:
             raise FolderInUse(
-                f"{marker}: is {found}, expected {RUN_FORMAT}; it was written by another version or program"
+                f"{marker}: is {shown(found)}, expected {RUN_FORMAT}; it was written by another version or program"
             )
         self._settle()
 
@@ -207,6 +208,11 @@ class RunDir:
             if not (isinstance(record, dict) and isinstance(record.get(field), dict)):
                 raise CorruptFile(
                     f"{path}: field {field!r} is missing or no object; delete the file to run the stage again"
+                )
+        for name in record["outputs"]:
+            if Path(name).name != name or name == "..":
+                raise CorruptFile(
+                    f"{path}: outputs names {shown(name)}, expected files of the run; delete it to run the stage again"
                 )
         return record
 

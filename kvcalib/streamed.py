@@ -7,7 +7,6 @@ library writes only from tensors that are all in memory.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import weakref
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile
-from kvcalib.files import DTYPES, flat_bytes, layout, read_tensors, replacing
+from kvcalib.files import flat_bytes, layout, read_tensors, replacing
+from kvcalib.tensorfile import CheckedFile
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 GAP = 16 << 10
@@ -46,17 +46,9 @@ class TensorFile(Mapping[str, Tensor]):
         _, self.metadata = read_tensors(path, names=())
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        types = {name: dtype for dtype, name in DTYPES.items()}
-        size = int.from_bytes(os.pread(self._file, 8, 0), "little")
-        self.specs: dict[str, Spec] = {}
-        self._start: dict[str, int] = {}
-        for name, of in sorted(json.loads(os.pread(self._file, size, 8)).items()):
-            if name == "__metadata__":
-                continue
-            if of["dtype"] not in types:
-                raise CorruptFile(f"{path}: tensor {name!r} is {of['dtype']}, expected one of {', '.join(types)}")
-            self.specs[name] = types[of["dtype"]], tuple(of["shape"])
-            self._start[name] = 8 + size + of["data_offsets"][0]
+        with CheckedFile(path) as file:
+            self.specs: dict[str, Spec] = {n: (e.dtype, e.shape) for n, e in sorted(file.entries.items())}
+            self._start = {name: file.begin + entry.start for name, entry in file.entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape = self.specs[name]

@@ -95,14 +95,20 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            name, rest = "/".join(parts[2:4]), parts[4:]
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
+            # Data sets are kept under their name with "datasets/" before it, as the Hub's pages have it.
+            name, rest = "/".join(parts[2:4] if parts[1] == "models" else parts[1:4]), parts[4:]
             repo = self.hub.repos.get(name)
             if not self.allowed(repo):
                 return
             revision = "/".join(rest[1:]) if rest[:1] in (["revision"], ["tree"]) else "main"
+            inside = ""
+            if rest[:1] == ["tree"] and repo.find(rest[1]):
+                revision, inside = rest[1], "/".join(rest[2:])
             sha = repo.find(revision)
-            if sha is None:
+            if sha is not None and inside and not any(n.startswith(f"{inside}/") for n in repo.commits[sha]):
+                self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            elif sha is None:
                 self.reply(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
             elif rest[:1] == ["tree"]:
                 self.reply(200, [

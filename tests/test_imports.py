@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvcalib"
-LEAVES = {"errors", "files", "folders", "streamed"}  # anybody may import them, but for quant, which needs nothing
+# Anybody may import them, but for quant, which needs nothing.
+LEAVES = {"errors", "files", "folders", "streamed", "tensorfile", "untrusted"}
 
 # room: what it may import of other rooms
 ROOMS = {
@@ -28,9 +29,11 @@ ROOMS = {
 # file beside the rooms: what it may import
 FILES = {
     "errors": set(),
-    "files": {"errors"},
+    "files": {"errors", "tensorfile", "untrusted"},
     "folders": {"files"},
-    "streamed": {"errors", "files"},
+    "tensorfile": {"errors", "untrusted"},
+    "untrusted": {"errors"},
+    "streamed": {"errors", "files", "tensorfile"},
     "launch": {"errors", "files"},
     "rundir": {"model.identity"},
     "recipe": {"stages"},
@@ -72,7 +75,7 @@ def module(name: str) -> str:
 
 def allowed(room: str) -> set[str]:
     base = ROOMS.get(room, FILES.get(room, set())) | EXTRA.get(room, set())
-    return base | {room} | (LEAVES if room not in ("quant", "demo", "errors", "files", "streamed") else set())
+    return base | {room} | (LEAVES if room not in {"quant", "demo", *LEAVES} else set())
 
 
 def within(target: str, names: set[str]) -> bool:

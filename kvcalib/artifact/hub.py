@@ -139,11 +139,11 @@ def pull(reference: Reference, out: Path, overwrite: bool = False) -> tuple[Mani
     """
     fetched = fetch(reference)
     try:
-        manifest, content = store.contents(fetched.folder, links=True)
+        manifest, content = store.contents(fetched.folder)
     except CorruptFile:
         # The copy in the cache may be what is damaged.
         fetched = fetch(Reference(reference.repo, fetched.commit), again=True)
-        manifest, content = store.contents(fetched.folder, links=True)
+        manifest, content = store.contents(fetched.folder)
     store.install(out, content, overwrite)
     return manifest, fetched.commit
 

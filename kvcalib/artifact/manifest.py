@@ -11,15 +11,26 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
+from kvcalib.files import hash_tensor
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.quant.codebook import Format
 from kvcalib.quant.packing import Segment
 from kvcalib.quant.quantizer import Scope
 
 FORMAT_VERSION: Literal[2] = 2
-Sha256 = str
 _HEX = r"^[0-9a-f]{64}$"
+Sha256 = Annotated[str, Field(pattern=_HEX)]
+LARGEST = (1 << 53) - 1
+"""The largest integer that any JSON reader keeps exactly."""
+MOST_LINES = 200_000
+"""A layer takes about a hundred."""
+MOST_LEVELS = 8
+MOST_SINKS = 4096
+"""Sinks have their room from the first token on, so their number must not be anybody's to choose."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 class Record(BaseModel):
@@ -39,13 +50,13 @@ class Calibration(Record):
     """What the codebooks were fitted on."""
 
     data: str = Field(description="Where the text came from, as the user named it.")
-    sequences: int = Field(ge=1)
-    tokens: int = Field(ge=1)
-    sampled_tokens: int = Field(ge=1)
-    seq_len: int = Field(ge=2)
-    seed: int
+    sequences: Positive
+    tokens: Positive
+    sampled_tokens: Positive
+    seq_len: int = Field(ge=2, le=LARGEST)
+    seed: int = Field(ge=-LARGEST, le=LARGEST)
     nll: float = Field(description="Mean NLL of the unquantized model on the calibration text, nats per token.")
-    fingerprint: Sha256 = Field(pattern=_HEX)
+    fingerprint: Sha256
 
 
 class FitSettings(Record):
@@ -56,7 +67,7 @@ class FitSettings(Record):
     key_granularity: Literal["layer", "head", "channel"]
     value_granularity: Literal["layer", "head", "channel"]
     outliers: float = Field(ge=0, le=0.5)
-    sinks: int = Field(ge=0)
+    sinks: int = Field(ge=0, le=MOST_SINKS)
     qnorm: bool
     solver: Literal["exact", "lloyd"]
 
@@ -64,15 +75,15 @@ class FitSettings(Record):
 class TensorSpec(Record):
     """Keys or values of one layer."""
 
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    words: int = Field(ge=0, description="32-bit words per token.")
+    kv_heads: Positive
+    head_dim: Positive
+    words: Count = Field(description="32-bit words per token.")
     segment: Segment = Field(description="Whether each head's words stand alone, or a row's heads share words.")
-    group: int = Field(
-        default=0, ge=0, description="Channels that lie side by side with one width, as fused kernels want; 0: free."
+    group: Literal[0, 16] = Field(
+        default=0, description="Channels that lie side by side with one width, as fused kernels want; 0: free."
     )
     scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
-    outliers: int = Field(ge=0, description="Exact elements per group and token.")
+    outliers: Count = Field(description="Exact elements per group and token.")
     mean_bits: float = Field(ge=0, le=8, description="Mean code width of the channels.")
     predicted_loss: float = Field(ge=0, description="Half of sum F (x - x^)^2, nats per token, on the sample.")
 
@@ -97,11 +108,11 @@ class Friendliness(Record):
 class LayerSpec(Record):
     """One quantized layer. Layers that are not listed keep the model's own cache."""
 
-    index: int = Field(ge=0)
+    index: Count
     key: TensorSpec
     value: TensorSpec
     friendliness: Friendliness | None = None
-    sliding: int | None = Field(default=None, ge=1, description="The layer's sliding window; None: it attends in full.")
+    sliding: Positive | None = Field(default=None, description="The layer's sliding window; None: it attends in full.")
 
     @model_validator(mode="after")
     def _one_error_per_head(self) -> LayerSpec:
@@ -119,8 +130,8 @@ class LayerSpec(Record):
 class RuntimeDefaults(Record):
     """What a loader uses unless told otherwise."""
 
-    sinks: int = Field(default=0, ge=0, description="First real tokens of each row that stay exact.")
-    recent: int = Field(default=0, ge=0, description="Last tokens that stay exact.")
+    sinks: int = Field(default=0, ge=0, le=MOST_SINKS, description="First real tokens of each row that stay exact.")
+    recent: Count = Field(default=0, description="Last tokens that stay exact.")
 
 
 class Budget(Record):
@@ -133,9 +144,15 @@ class Budget(Record):
 class TensorRecord(Record):
     """One tensor of `tensors.safetensors`."""
 
-    dtype: str
-    shape: list[int]
-    sha256: Sha256 = Field(pattern=_HEX, description="Of the tensor's bytes, little endian, row-major.")
+    dtype: Literal["float32", "int16", "uint8"]
+    shape: list[Positive]
+    sha256: Sha256 = Field(description="Of the tensor's bytes, little endian, row-major.")
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorRecord:
+        """The record of `tensor`; ValidationError if it has no place in an artifact."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls.model_validate({"dtype": dtype, "shape": list(tensor.shape), "sha256": hash_tensor(tensor)})
 
 
 class Manifest(Record):
@@ -171,6 +188,40 @@ class Manifest(Record):
                 sums[name][1] += spec.kv_heads * spec.head_dim
         key, value = (s / n if n else 0.0 for s, n in sums.values())
         return key, value
+
+
+def decode(raw: bytes, body: dict[str, Any]) -> Manifest:
+    """The manifest whose bytes are `raw`, parsed `body`.
+
+    Raises:
+        ValueError: it has too many lines or levels, is not written in the one way there is, or its digest is another's.
+        ValidationError: a field is unknown, missing, of another type or out of its range.
+    """
+    lines = raw.count(b"\n")
+    if lines > MOST_LINES:
+        raise ValueError(f"it has {lines} lines, expected at most {MOST_LINES}")
+    if not _fits(body, lines) or _render(body) != raw:
+        raise ValueError("it is not written as a manifest is (sorted keys, one item a line, see docs/artifact.md)")
+    rest = {name: value for name, value in body.items() if name != "digest"}
+    if body.get("digest") != hashlib.sha256(_render(rest)).hexdigest():
+        raise ValueError("its digest does not match its content")
+    manifest = Manifest.model_validate(rest, strict=True)
+    if manifest.encode() != raw:
+        raise ValueError("an optional field is null that is left out where it is not known, or a float has no point")
+    return manifest
+
+
+def _fits(body: Any, lines: int) -> bool:
+    """Whether `body` can be a manifest's by its number of items, one a line, and by its depth: a quick look."""
+    level = [body]
+    for _ in range(MOST_LEVELS):
+        if (lines := lines - sum(len(value) for value in level)) < 0:
+            return False
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 def _render(body: dict[str, Any]) -> bytes:

@@ -1,27 +1,34 @@
 """Artifacts on disk: `manifest.json`, `tensors.safetensors`, `README.md`, and exports beside them in `exports/`.
 
-Reading checks everything that the manifest promises before anything is used: the manifest's own digest, the other
-files' hashes, every tensor's dtype, shape and hash. Nothing is executed, no path inside an artifact is followed.
+Reading checks everything before anything is used: the manifest's own digest, the other files' hashes, every tensor's
+dtype, shape and hash, and that all of it fits together (`check.py`). Nothing is executed, no path or link that lies in
+an artifact is followed out of it, nothing is allocated that the files do not hold.
 """
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from kvcalib.artifact.check import check_manifest, check_tensors
 from kvcalib.artifact.exports import FILES, FOLDER
-from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord
+from kvcalib.artifact.manifest import FORMAT_VERSION, Manifest, TensorRecord, decode
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
-from kvcalib.files import encode_tensors, hash_bytes, hash_file, hash_tensor, leftovers, read_tensors
+from kvcalib.files import METADATA_KEY, encode_tensors, hash_bytes, hash_tensor, leftovers
 from kvcalib.folders import recover, replacing_folder
+from kvcalib.tensorfile import CheckedFile
+from kvcalib.untrusted import first_fault, parse_json, read_file, shown
 
 MANIFEST, TENSORS, CARD = "manifest.json", "tensors.safetensors", "README.md"
-MAX_MANIFEST_BYTES = 64 << 20
-MAX_EXPORT_BYTES = 4 << 20
+MAX_MANIFEST_BYTES = 8 << 20
+MAX_EXPORT_BYTES = MAX_CARD_BYTES = 4 << 20
+NOTE = f'{{"format":"kvcalib-artifact","format_version":{FORMAT_VERSION}}}'
+"""The metadata of `tensors.safetensors`."""
 
 
 def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: str, overwrite: bool = False) -> Manifest:
@@ -33,10 +40,7 @@ def write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], card: st
         FolderInUse: `folder` holds another artifact (unless `overwrite`) or anything that is not an artifact.
         InputError: it cannot be written; what was there is untouched.
     """
-    records = {
-        name: TensorRecord(dtype=str(t.dtype).removeprefix("torch."), shape=list(t.shape), sha256=hash_tensor(t))
-        for name, t in sorted(tensors.items())
-    }
+    records = {name: TensorRecord.of(t) for name, t in sorted(tensors.items())}
     body = encode_tensors(tensors, {"format": manifest.format, "format_version": FORMAT_VERSION})
     files = {TENSORS: hash_bytes(body), CARD: hash_bytes(card.encode())}
     manifest = manifest.model_copy(update={"tensors": records, "files": files})
@@ -99,61 +103,73 @@ def _exports(folder: Path) -> list[str]:
     return [f"{FOLDER}/{p.name}" for p in sorted(inside.iterdir()) if p.name in FILES and p.is_file()]
 
 
-def contents(folder: Path, links: bool = False) -> tuple[Manifest, dict[str, bytes]]:
+def contents(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
     """An artifact's manifest and files by name, exports among them, everything checked as `read` does.
 
-    Args:
-        links: exports may be symbolic links, as in the Hub's download cache. Elsewhere a link could make any file of
-            this machine travel: nothing says what an export's content must be.
-
     Raises:
-        InputError, CorruptFile: see `read`. CorruptFile: an export is a link, or larger than any is.
+        InputError, CorruptFile: see `read`. CorruptFile: an export is a link, which could make any file of this
+            machine travel, or larger than any is; the Hub's cache may link to its blobs.
     """
     manifest, _ = read(folder)
-    names = [MANIFEST, TENSORS, CARD, *_exports(folder)]
-    for name in names[3:]:
-        if not links and (folder / name).is_symlink():
-            raise CorruptFile(f"{folder / name}: is a symbolic link, expected a file; delete it, or export again")
-        if (folder / name).stat().st_size > MAX_EXPORT_BYTES:
-            raise CorruptFile(f"{folder / name}: larger than {MAX_EXPORT_BYTES} bytes, no export of ours is; delete it")
-    return manifest, {name: (folder / name).read_bytes() for name in names}
+    held = {name: read_file(inside(folder, name), MAX_EXPORT_BYTES) for name in _exports(folder)}
+    for name in (TENSORS, CARD):
+        path = inside(folder, name)
+        held[name] = read_file(path, path.stat().st_size)
+        if hash_bytes(held[name]) != manifest.files[name]:
+            raise CorruptFile(f"{path}: was altered while it was read; try again")
+    return manifest, {MANIFEST: manifest.encode(), **held}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of an artifact's file `name`, which must not lead out of its folder.
+
+    Links are followed in one case: in the Hub's download cache, `snapshots/COMMIT` holds links to the files in `blobs`
+    beside `snapshots`.
+
+    Raises:
+        CorruptFile: it is a link to anywhere else.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))
+    if home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs" and not target.is_symlink():
+        return target
+    raise CorruptFile(f"{path}: is a symbolic link, expected a file; copy the artifact with its files, or pull it")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the artifact in `folder`, its digest checked.
+    """The manifest of the artifact in `folder`: its digest, and that it is consistent, checked.
 
     Raises:
         InputError: there is no artifact. CorruptFile: the manifest is damaged or of an unknown version.
     """
     path = folder / MANIFEST
-    if not folder.exists():
+    if not os.path.lexists(folder):
         recover(folder)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: no artifact there (no {MANIFEST}); give the folder that `kvcalib build` wrote")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CorruptFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
-    raw = path.read_bytes()
+    raw = read_file(inside(folder, MANIFEST), MAX_MANIFEST_BYTES)
     try:
-        body: Any = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        body: Any = parse_json(raw)
+    except ValueError as error:
         raise CorruptFile(f"{path}: not valid JSON ({error}); the artifact is damaged, copy it again") from None
     if not isinstance(body, dict) or body.get("format") != "kvcalib-artifact":
         raise CorruptFile(f"{path}: field 'format' is missing or not 'kvcalib-artifact'; this is no artifact of ours")
     version = body.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CorruptFile(
-            f"{path}: format_version is {version!r}, this kvcalib reads {FORMAT_VERSION}; "
+            f"{path}: format_version is {shown(version)}, this kvcalib reads {FORMAT_VERSION}; "
             "use the kvcalib that wrote it, or build it again"
         )
-    body.pop("digest", None)
     try:
-        manifest = Manifest.model_validate(body)
+        manifest = decode(raw, body)
+        check_manifest(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CorruptFile(f"{path}: {where} is {first['input']!r}: {first['msg']}; build the artifact again") from None
-    if manifest.encode() != raw:
-        raise CorruptFile(f"{path}: its digest does not match its content; the artifact was altered or damaged")
+        raise CorruptFile(f"{path}: {first_fault(error)}; build the artifact again") from None
+    except ValueError as error:
+        raise CorruptFile(f"{path}: {error}; the artifact was altered or damaged, copy or build it again") from None
     return manifest
 
 
@@ -161,31 +177,50 @@ def read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     """Manifest and tensors of the artifact in `folder`, everything checked.
 
     Raises:
-        InputError, CorruptFile: as `read_manifest`; also a tensor or file that is not what the manifest says.
+        InputError, CorruptFile: as `read_manifest`; also a tensor or file that is not what the manifest says, or
+            tensors that do not fit together.
     """
     manifest = read_manifest(folder)
-    tensors, _ = read_tensors(folder / TENSORS)
-    for name in sorted(set(tensors) ^ set(manifest.tensors)):
-        where = "not in the manifest" if name in tensors else f"missing from {TENSORS}"
-        raise CorruptFile(f"{folder / TENSORS}: tensor {name!r} is {where}")
-    for name, record in manifest.tensors.items():
-        found = TensorRecord(
-            dtype=str(tensors[name].dtype).removeprefix("torch."),
-            shape=list(tensors[name].shape),
-            sha256=hash_tensor(tensors[name]),
-        )
-        for field in ("dtype", "shape", "sha256"):
-            if getattr(found, field) != getattr(record, field):
-                raise CorruptFile(
-                    f"{folder / TENSORS}: {name}.{field} is {getattr(found, field)}, the manifest says "
-                    f"{getattr(record, field)}; the file is damaged, copy it again"
-                )
     if set(manifest.files) != {TENSORS, CARD}:
-        raise CorruptFile(f"{folder / MANIFEST}: files names {sorted(manifest.files)}, expected {[CARD, TENSORS]}")
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CorruptFile(f"{path}: missing; the artifact is incomplete, copy it again")
-        if hash_file(path) != expected:
-            raise CorruptFile(f"{path}: its sha256 is not the manifest's; the file was altered or damaged")
+        names = shown(sorted(manifest.files))
+        raise CorruptFile(f"{folder / MANIFEST}: files names {names}, expected {[CARD, TENSORS]}")
+    for name in (TENSORS, CARD):
+        if not os.path.lexists(folder / name):
+            raise CorruptFile(f"{folder / name}: missing; the artifact is incomplete, copy it again")
+    tensors = dict(_tensors(inside(folder, TENSORS), manifest))
+    if hash_bytes(read_file(inside(folder, CARD), MAX_CARD_BYTES)) != manifest.files[CARD]:
+        raise CorruptFile(f"{folder / CARD}: its sha256 is not the manifest's; the file was altered or damaged")
+    try:
+        check_tensors(manifest, tensors)
+    except ValueError as error:
+        raise CorruptFile(f"{folder}: {error}; build the artifact again") from None
     return manifest, tensors
+
+
+def _tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `path` by name, none read before all have the dtype and shape of the manifest, each hashed."""
+    with CheckedFile(path, hashing=True) as file:
+        if file.metadata != {METADATA_KEY: NOTE}:
+            raise CorruptFile(f"{path}: its metadata is {shown(file.metadata)}, expected {NOTE} as its one key's value")
+        for name in sorted(set(file.entries) ^ set(manifest.tensors)):
+            where = "not in the manifest" if name in file.entries else f"missing from {TENSORS}"
+            raise CorruptFile(f"{path}: tensor {shown(name)} is {where}")
+        for name, entry in file.entries.items():
+            record = manifest.tensors[name]
+            found = {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape)}
+            for field, value in found.items():
+                if value != getattr(record, field):
+                    raise CorruptFile(
+                        f"{path}: {name}.{field} is {shown(value)}, the manifest says {shown(getattr(record, field))}; "
+                        "the file is damaged, copy it again"
+                    )
+        for name in file.entries:
+            tensor = file.read(name)
+            if (found_hash := hash_tensor(tensor)) != manifest.tensors[name].sha256:
+                raise CorruptFile(
+                    f"{path}: {name}.sha256 is {found_hash}, the manifest says {manifest.tensors[name].sha256}; the "
+                    "file is damaged, copy it again"
+                )
+            yield name, tensor
+        if file.digest.hexdigest() != manifest.files[TENSORS]:
+            raise CorruptFile(f"{path}: its sha256 is not the manifest's; the file was altered or damaged")

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from kvcalib.calibration.sums import Decoded, Prefixed
-from kvcalib.errors import CorruptFile
+from kvcalib.calibration.validate import Sound, check_specs, read_info
 from kvcalib.files import write_tensors
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.streamed import TensorFile
@@ -117,15 +117,17 @@ class Calibration:
 
     Attributes:
         stored: the tensors as the file has them. One that was loaded reads each when it is asked for and keeps none.
+        path: the file that it was loaded from.
     """
 
     info: CalibrationInfo
     stored: Mapping[str, Tensor] = field(repr=False)
+    path: Path | None = None
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Sums as float64 and sampled tokens by name."""
-        return Decoded(self.stored)
+        """Sums as float64 and sampled tokens by name; CorruptFile for numbers of a file that are none."""
+        return Decoded(self.stored) if self.path is None else Sound(Decoded(self.stored), self.path)
 
     def layer(self, index: int) -> Mapping[str, Tensor]:
         """Tensors of one layer, their names without `layers.{index}.`."""
@@ -140,17 +142,12 @@ class Calibration:
         """The record in `path`, and the `extra` it was saved with. Its tensors stay on disk until they are asked for.
 
         Raises:
-            InputError: no such file. CorruptFile: damaged, or of another version.
+            InputError: no such file. CorruptFile: damaged, of another version, or it contradicts itself.
         """
         tensors = TensorFile(path)
-        note = tensors.metadata
-        version = note.get("info", {}).get("version")
-        if version not in READABLE:
-            raise CorruptFile(
-                f"{path}: calibration version is {version!r}, expected one of {READABLE}; run `kvcalib fisher` again "
-                "with --overwrite"
-            )
-        return cls(CalibrationInfo.model_validate(note["info"]), tensors), note.get("extra")
+        info = read_info(path, tensors.metadata, CalibrationInfo, READABLE)
+        check_specs(path, info, tensors)
+        return cls(info, tensors, path), tensors.metadata.get("extra")
 
 
 def file_note(info: CalibrationInfo, extra: Any = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,7 @@ from kvcalib.model.offloaded import elements, parameters
 HARD = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 SOFT = {"rope_parameters_sha256": "rotary settings", "weights_sha256": "weights"}
 SAMPLES_PER_TENSOR = 256
+Size = Annotated[int, Field(ge=1, le=(1 << 53) - 1)]
 UNKNOWN_WEIGHTS = "unknown"
 
 
@@ -31,12 +32,15 @@ class ModelIdentity(BaseModel):
     name: str = Field(description="Folder name or Hub id the model was loaded from; informative only.")
     revision: str | None = Field(default=None, description="Commit of the Hub repository, if known.")
     model_type: str
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    vocab_size: int
-    rope_parameters_sha256: str
-    weights_sha256: str = Field(description="Over every parameter's name, shape and up to 256 of its elements.")
+    num_hidden_layers: Size
+    hidden_size: Size
+    num_attention_heads: Size
+    vocab_size: Size
+    rope_parameters_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    weights_sha256: str = Field(
+        pattern=r"^([0-9a-f]{64}|unknown)$",
+        description="Over every parameter's name, shape and up to 256 of its elements.",
+    )
 
     def differences(self, other: ModelIdentity, fields: tuple[str, ...]) -> list[str]:
         """`field is X, expected Y` for each of `fields` in which `other` differs from this one."""

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kvcalib.errors import InputError, UnsupportedModel
 from kvcalib.model.offloaded import give_back_memory, hooks
 from kvcalib.model.placement import CPU, Device, local_process, parse_memory, shared_memory
+from kvcalib.model.revision import commit_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BUILTIN = "builtin"
+_CODE = "trust_remote_code"
 _LOADING_ERRORS = (
     "SafetensorError",
     "HFValidationError",
@@ -44,6 +46,14 @@ def resolve(name: str) -> str:
             raise InputError(f"model {name!r}: the folder has no config.json; give the folder of a transformers model")
         return str(folder)
     return name
+
+
+def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Where `name` is loaded from, and the commit that all files are taken of: `revision` where that is unknown."""
+    where = resolve(name)
+    if where != name or Path(where).is_dir():
+        return where, revision
+    return where, commit_of(where, revision) or revision
 
 
 def load_model(
@@ -76,7 +86,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    where = resolve(name)
+    where, revision = pinned(name, revision)
     target = pick_device(device) if device != "map" and device_map is None else None
     mapped = {} if target is not None else _mapped(max_memory, process, device_map)
     wanted: Any = dtype
@@ -90,6 +100,8 @@ def load_model(
             mapped["offload_folder"] = folders.enter_context(_folder(offload))
         model = _load(name, where, wanted, arguments, mapped)
         model.config._name_or_path = name
+        if where == name and not Path(where).is_dir():
+            model.config._commit_hash = revision
         if target is not None:
             torch.nn.Module.to(model, target)
         else:
@@ -170,9 +182,12 @@ def _folder(offload: str | Path | None) -> tempfile.TemporaryDirectory[str]:
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of `name`; InputError if there is none."""
+    where, revision = pinned(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if _CODE in str(error):
+            raise _explain(name, error) from error
         raise InputError(f"model {name!r}: no usable tokenizer ({_first_line(error)})") from error
 
 
@@ -218,6 +233,11 @@ def compute_devices(model: PreTrainedModel) -> set[torch.device]:
 
 def _explain(name: str, error: Exception) -> InputError | UnsupportedModel:
     line = _first_line(error)
+    if _CODE in str(error):
+        return InputError(
+            f"model {name!r}: brings Python code of its own, which is not run; read it, and give --trust-remote-code "
+            "if you trust it"
+        )
     if "Unrecognized configuration class" in str(error) or "does not recognize this architecture" in str(error):
         return UnsupportedModel(f"model {name!r}: transformers has no causal LM for it ({line})")
     return InputError(

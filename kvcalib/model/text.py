@@ -2,7 +2,7 @@
 
 A source is `builtin` (English that every installation has, see `kvcalib.demo`), a file (.txt; .jsonl with `text` or
 `input_ids` per line; .parquet with a `text` column), one of KVQuant's presets (`wikitext2`, `c4`), or a data set on the
-Hub (`owner/name`, `owner/name:split`, `owner/name:split:column`).
+Hub (`owner/name`, `owner/name:split`, `owner/name:split:column`; the name may end in `@` and a branch, tag or commit).
 
 Documents are tokenized one by one (so each begins as the tokenizer begins a text), concatenated and cut into sequences
 of equal length; the first ones are taken. The presets draw random crops instead, as KVQuant's code did.
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvcalib.errors import InputError
+from kvcalib.model.revision import commit_of
 
 Split = Literal["calibrate", "evaluate"]
 PRESETS = ("wikitext2", "c4")
@@ -159,6 +160,24 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         raise InputError(f"data {str(path)!r}: damaged parquet file ({error})") from None
 
 
+def pinned_source(source: str) -> str:
+    """`source` with the commit of the Hub's data set in its name, `owner/name@commit:split:column`, if it is one.
+
+    So it can be recorded, and read again as it was.
+    """
+    name, colon, rest = source.partition(":")
+    repo, at, revision = name.partition("@")
+    if (
+        source == "builtin"
+        or source in PRESETS
+        or source.startswith((".", "/", "~"))
+        or Path(source).expanduser().exists()
+    ):
+        return source
+    commit = commit_of(repo, revision if at else None, "dataset") if "/" in repo else None
+    return source if commit is None else f"{repo}@{commit}{colon}{rest}"
+
+
 def _hub_documents(source: str, split: Split) -> Iterable[str]:
     name, _, rest = source.partition(":")
     part, _, column = rest.partition(":")
@@ -173,11 +192,19 @@ def _hub_documents(source: str, split: Split) -> Iterable[str]:
 
 
 def load_hub_dataset(name: str, config: str | None, split: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
-    """Rows of a Hub data set, streamed; InputError if it cannot be reached."""
+    """Rows of a Hub data set, streamed; InputError if it cannot be reached.
+
+    Args:
+        name: `owner/name` or `owner/name@revision`; all files are taken of the commit that this is at.
+    """
     import datasets
 
+    repo, at, revision = name.partition("@")
+    commit = commit_of(repo, revision if at else None, "dataset") or (revision if at else None)
+    if commit is not None:
+        kwargs["revision"] = commit
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=True, **kwargs)
+        yield from datasets.load_dataset(repo, config, split=split, streaming=True, **kwargs)
     except GeneratorExit:
         raise
     except Exception as error:  # datasets raises a different class for every way of failing

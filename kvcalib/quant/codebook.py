@@ -6,7 +6,6 @@ range. All three are stored alike: `centroids [H, D, 2**w]`, ascending, in the u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -57,20 +56,32 @@ def fixed_ladder(name: Format) -> np.ndarray:
     return np.concatenate([levels(bits) for bits in range(MAX_BITS + 1)])
 
 
-@dataclass
 class Codebook:
     """Centroids per head and channel, of any width per channel.
 
     Attributes:
         widths: `[H, D]` uint8, 0..8; a channel of width 0 has one centroid.
-        centroids: `[H, D, 2**max(widths)]` float32, ascending; narrower channels repeat their last centroid.
+        centroids: `[H, D, 2**max(widths)]` float32, ascending; narrower channels repeat their last centroid. Of a
+            codebook that came ragged, made when first asked for: one wide channel among narrow ones takes many times
+            the room.
     """
 
-    widths: Tensor
-    centroids: Tensor
-    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    def __init__(self, widths: Tensor, centroids: Tensor | None = None, ragged: Tensor | None = None) -> None:
+        self.widths = widths
+        self._centroids, self._ragged = centroids, ragged
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def centroids(self) -> Tensor:
+        """See the class."""
+        if self._centroids is None:
+            assert self._ragged is not None
+            sizes = 1 << self.widths.flatten().long()
+            place = (
+                torch.minimum(torch.arange(int(sizes.max())), sizes[:, None] - 1) + (sizes.cumsum(0) - sizes)[:, None]
+            )
+            self._centroids = self._ragged.float()[place].reshape(*self.widths.shape, -1)
+        return self._centroids
 
     @classmethod
     def from_ladders(cls, ladders: Tensor, widths: Tensor) -> Codebook:
@@ -94,11 +105,10 @@ class Codebook:
             ValueError: the number of centroids is not the sum of `2**widths`.
         """
         widths = check_widths(widths)
-        sizes = (1 << widths.flatten().long()).tolist()
-        if ragged.numel() != sum(sizes):
-            raise ValueError(f"codebook has {ragged.numel()} centroids, expected {sum(sizes)} for its widths")
-        rows = [torch.cat([r, r[-1:].expand(max(sizes) - len(r))]) for r in ragged.float().split(sizes)]
-        return cls(widths, torch.stack(rows).reshape(*widths.shape, max(sizes)))
+        expected = int((1 << widths.flatten().long()).sum())
+        if ragged.numel() != expected:
+            raise ValueError(f"codebook has {ragged.numel()} centroids, expected {expected} for its widths")
+        return cls(widths, ragged=ragged.flatten())
 
     def ragged(self) -> Tensor:
         """All centroids without padding, head by head and channel by channel: float32 `[sum 2**widths]`."""

@@ -112,24 +112,54 @@ class Layout:
         return 1 - self.bits / (32 * self.words) if self.words else 0.0
 
     def check(self) -> None:
-        """Raise ValueError unless every field lies inside the row, on its own bits, as the widths ask."""
-        used = np.zeros(self.words * 32, dtype=bool)
-        planes, heads, head_dim = self.word.shape
-        if (heads, head_dim) != tuple(self.widths.shape) or self.shift.shape != self.word.shape:
-            raise ValueError(f"layout tables {tuple(self.word.shape)} do not fit widths {tuple(self.widths.shape)}")
-        for h, d in np.ndindex(heads, head_dim):
-            sizes = PLANES[int(self.widths[h, d])]
-            for plane in range(max(planes, len(sizes))):
-                word = int(self.word[plane, h, d]) if plane < planes else -1
-                if (plane < len(sizes)) != (word >= 0):
-                    raise ValueError(f"layout: head {h} channel {d} plane {plane} has word {word}, width {sizes}")
-                if word < 0:
-                    continue
-                shift = int(self.shift[plane, h, d])
-                first = word * 32 + shift
-                if word >= self.words or shift + sizes[plane] > 32 or used[first : first + sizes[plane]].any():
-                    raise ValueError(f"layout: head {h} channel {d} plane {plane} overlaps or leaves the row")
-                used[first : first + sizes[plane]] = True
+        """Raise ValueError unless every field lies inside the row, on its own bits, as the widths ask.
+
+        Compiled code reads and writes by these tables. So every word of the row must hold a field, too: else a row
+        could be of any length.
+        """
+        width = check_widths(self.widths).numpy()
+        sizes = np.zeros((max(1, *(len(PLANES[int(w)]) for w in np.unique(width))), *width.shape), dtype=np.int32)
+        for bits in np.unique(width):
+            for plane, size in enumerate(PLANES[int(bits)]):
+                sizes[plane][width == bits] = size
+        if self.word.shape != sizes.shape or self.shift.shape != sizes.shape:
+            raise ValueError(
+                f"word has shape {list(self.word.shape)} and shift {list(self.shift.shape)}, expected "
+                f"{list(sizes.shape)}: planes of the widths, heads, channels"
+            )
+        word, shift = self.word.numpy().astype(np.int32), self.shift.numpy().astype(np.int32)
+        self._refuse(
+            np.where(sizes > 0, (word < 0) | (word >= self.words), word != -1), "word", word,
+            f"0..{self.words - 1} where the width has such a plane, else -1",
+        )  # fmt: skip
+        self._refuse(
+            np.where(sizes > 0, shift + sizes > 32, shift != 0), "shift", shift,
+            "a field within 32 bits, 0 where there is none",
+        )  # fmt: skip
+        total = int(sizes.sum())
+        if total > 32 * self.words:
+            raise ValueError(f"words is {self.words}, expected at least {-(-total // 32)} for {total} bits")
+        first, flat = np.where(sizes > 0, word * 32 + shift, 0).ravel(), sizes.ravel()
+        taken = np.repeat(first, flat) + np.arange(total) - np.repeat(flat.cumsum() - flat, flat)
+        again = np.bincount(taken, minlength=1)[taken] > 1
+        if again.any():
+            h, d = divmod(int(np.repeat(np.arange(flat.size), flat)[again][0]) % width.size, width.shape[1])
+            raise ValueError(f"word and shift of head {h} channel {d} overlap with another field")
+        used = np.unique(word[sizes > 0])
+        if len(used) < self.words:
+            raise ValueError(f"words is {self.words}, expected {len(used)}: some hold no field")
+        if self.segment == "head":
+            owner = np.broadcast_to(np.arange(len(width))[:, None], word.shape)
+            owned = np.unique(word[sizes > 0].astype(np.int64) * len(width) + owner[sizes > 0])
+            if len(owned) > len(used):
+                raise ValueError("segment is 'head', but heads share words; expected 'row'")
+
+    @staticmethod
+    def _refuse(wrong: np.ndarray, name: str, table: np.ndarray, expected: str) -> None:
+        """ValueError naming the first place where `wrong [P, H, D]` is True."""
+        if wrong.any():
+            plane, h, d = (int(i) for i in np.argwhere(wrong)[0])
+            raise ValueError(f"{name}[{plane}][{h}][{d}] is {table[plane, h, d]}, expected {expected}")
 
     def groups(self, pairs: Tensor | None = None) -> list[list[Group]] | None:
         """The groups of every head in the order of their fields, or None where the tables hold no such groups.

@@ -85,22 +85,6 @@ class Quantizer:
             grouped = grouped.scatter(-1, rows["outlier_index"].long(), rows["outlier_value"].float())
         return grouped.reshape(x.shape)
 
-    def check(self) -> None:
-        """Raise ValueError unless the parts fit together and hold finite numbers."""
-        shape = self.layout.widths.shape
-        if self.weight.shape != shape or not bool((torch.isfinite(self.weight) & (self.weight >= 0)).all()):
-            raise ValueError(
-                f"weight has shape {tuple(self.weight.shape)}, expected {tuple(shape)} finite numbers of 0 or more"
-            )
-        if not bool(torch.isfinite(self.codebook.centroids).all()):
-            raise ValueError("codebook holds values that are not finite")
-        if bool((self.codebook.centroids.diff(dim=-1) < 0).any()):
-            raise ValueError("codebook does not ascend in every channel")
-        elements = shape.numel() // self.groups
-        if self.outliers >= elements:
-            raise ValueError(f"outliers is {self.outliers}, expected less than the {elements} elements of a group")
-        self.layout.check()
-
     def row_spec(self, exact_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of what is stored of one token, by name; see `Rows`."""
         spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"words": ((self.layout.words,), torch.int32)}

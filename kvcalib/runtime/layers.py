@@ -25,6 +25,8 @@ from kvcalib.runtime.storage import Rows, check_rows
 
 READ_CHUNK = 1024
 ENCODE_CHUNK = 4096
+MOST_ROOM = 1024
+"""Tokens of spare room in the window of exact ones; beyond that many eighths, room grows by eighths anyway."""
 ROLES = ("key", "value")
 
 
@@ -198,7 +200,8 @@ class PackedLayer(TapLayer):
 
     def _clear(self) -> None:
         self.packed = Rows()
-        self.window = Rows(min_room=max(8, self.recent // 8))
+        # Whatever `recent` is: an artifact may say 2^53.
+        self.window = Rows(min_room=max(8, min(self.recent // 8, MOST_ROOM)))
         self.sink: dict[str, Tensor] = {}
         self.sink_count: Tensor | None = None
         self.sinks_full = self.sinks == 0

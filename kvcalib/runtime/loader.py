@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from kvcalib.artifact import hub, store
 from kvcalib.artifact.manifest import Manifest, TensorSpec
-from kvcalib.errors import ArtifactMismatch, CorruptFile, UnsupportedModel
+from kvcalib.errors import ArtifactMismatch, UnsupportedModel
 from kvcalib.files import hash_bytes
 from kvcalib.model import selftest
 from kvcalib.model.identity import HARD, SOFT, ModelIdentity, identify
@@ -178,27 +178,19 @@ def load(path: str | Path, revision: str | None = None) -> Artifact:
     manifest, tensors = store.read(folder)
     quantizers = {}
     for layer in manifest.layers:
-        if layer.index in quantizers:
-            raise CorruptFile(f"{folder}: layers lists index {layer.index} twice; build the artifact again")
-        try:
-            quantizers[layer.index] = {
-                name: _quantizer(spec, name == "value", f"layers.{layer.index}.{name}", tensors)
-                for name, spec in (("key", layer.key), ("value", layer.value))
-            }
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise CorruptFile(f"{folder}: layers[{layer.index}]: {error}; build the artifact again") from None
+        quantizers[layer.index] = {
+            name: _quantizer(spec, name == "value", f"layers.{layer.index}.{name}", tensors)
+            for name, spec in (("key", layer.key), ("value", layer.value))
+        }
     return Artifact(manifest, quantizers, folder)
 
 
 def _quantizer(spec: TensorSpec, relative: bool, prefix: str, tensors: dict[str, Tensor]) -> Quantizer:
+    """One quantizer of tensors that `store.read` has checked."""
     widths = tensors[f"{prefix}.widths"]
-    if list(widths.shape) != [spec.kv_heads, spec.head_dim]:
-        raise ValueError(f"{prefix}.widths has shape {list(widths.shape)}, expected {[spec.kv_heads, spec.head_dim]}")
     layout = Layout(widths, tensors[f"{prefix}.word"], tensors[f"{prefix}.shift"], spec.words, spec.segment)
     codebook = Codebook.from_ragged(tensors[f"{prefix}.codebook"], widths)
-    quantizer = Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"])
-    quantizer.check()
-    return quantizer
+    return Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"])
 
 
 def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvcalib.artifact.store import MANIFEST, MAX_MANIFEST_BYTES
+from kvcalib.artifact.store import MANIFEST, inside
 from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import hash_file
 from kvcalib.folders import recover
@@ -23,6 +23,7 @@ from kvcalib.runtime.adaptive import KEEP_EXACT, AdaptiveLayer, KeepExact, Layer
 from kvcalib.runtime.evicting_adaptive import EvictingAdaptiveLayer
 from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.pools import MOST_TIERS
+from kvcalib.untrusted import MAX_JSON_BYTES, first_fault, parse_json, read_file
 
 RULE = "adaptive.json"
 Limit = Annotated[float, Field(ge=0)]
@@ -33,7 +34,7 @@ class LayerThresholds(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    index: int = Field(ge=0)
+    index: int = Field(ge=0, le=1 << 20)
     key: list[Limit]
     value: list[Limit]
     mean: float = Field(gt=0, description="Mean of the signal on the calibration text.")
@@ -47,7 +48,7 @@ class Rule(BaseModel):
     format: Literal["kvcalib-adaptive"] = "kvcalib-adaptive"
     format_version: Literal[1] = 1
     signal: Signal
-    window: int = Field(ge=1, description="Queries whose attention counts: those from the token itself on.")
+    window: int = Field(ge=1, le=1 << 20, description="Queries whose attention counts: those from the token itself on.")
     bits: float = Field(ge=0, description="Mean effective bits of packed tokens on the calibration text.")
     tiers: list[str] = Field(min_length=2, max_length=MOST_TIERS, description="sha256 of each tier's manifest.json.")
     layers: list[LayerThresholds]
@@ -155,26 +156,22 @@ def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int =
         recover(folder)
     if not path.is_file():
         raise InputError(f"{folder}: no adaptive widths there (no {RULE}); give the folder that `kvcalib tiers` wrote")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CorruptFile(f"{path}: {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}")
-    raw = path.read_bytes()
+    raw = read_file(inside(folder, RULE), MAX_JSON_BYTES)
     try:
-        body = json.loads(raw)
+        body = parse_json(raw)
         body.pop("digest", None)
         rule = Rule.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CorruptFile(f"{path}: {where} is {first['input']!r}: {first['msg']}; run `kvcalib tiers` again") from None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CorruptFile(f"{path}: {first_fault(error)}; run `kvcalib tiers` again") from None
+    except (ValueError, AttributeError, TypeError) as error:
         raise CorruptFile(f"{path}: not the JSON of adaptive widths ({error}); run `kvcalib tiers` again") from None
     if rule.encode() != raw:
         raise CorruptFile(f"{path}: its digest does not match its content; it was altered or damaged")
     tiers = []
     for number, expected in enumerate(rule.tiers):
         place = folder / f"tier-{number}"
-        if not place.is_dir():
-            raise CorruptFile(f"{place}: missing; copy the folder again")
+        if place.is_symlink() or not place.is_dir():
+            raise CorruptFile(f"{place}: missing or a link; copy the folder again")
         artifact = load(place)
         if hash_file(place / MANIFEST) != expected:
             raise CorruptFile(f"{place}: another artifact than {RULE} names; run `kvcalib tiers` again")

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.card import card
+from kvcalib.artifact.check import check_tensors
 from kvcalib.artifact.manifest import (
     Budget,
     LayerSpec,
@@ -22,8 +23,7 @@ from kvcalib.artifact.manifest import (
     Calibration as CalibrationRecord,
 )
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, rope_pairs
-from kvcalib.errors import FolderInUse
-from kvcalib.quant.packing import GROUP
+from kvcalib.errors import FolderInUse, InputError
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.rundir import CALIBRATION, CODEBOOKS, RunDir
 from kvcalib.stages.allocators import is_exact
@@ -105,6 +105,11 @@ def run(
         tensors={},
         files={},
     )
+    try:
+        check_tensors(manifest, tensors)
+    except ValueError as error:
+        # No reader would take it; what the model computed is beyond what the format holds.
+        raise InputError(f"{out}: cannot be built: {error}") from None
     return store.write(out, manifest, tensors, card(manifest), overwrite)
 
 
@@ -126,7 +131,7 @@ def _spec(quantizer: Quantizer, loss: float, pairs: Tensor | None) -> TensorSpec
         head_dim=head_dim,
         words=quantizer.layout.words,
         segment=quantizer.layout.segment,
-        group=GROUP if quantizer.layout.groups(pairs) else 0,
+        group=16 if quantizer.layout.groups(pairs) else 0,
         scope=quantizer.scope,
         outliers=quantizer.outliers,
         mean_bits=quantizer.layout.bits / (heads * head_dim),

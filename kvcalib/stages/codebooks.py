@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from kvcalib.artifact.manifest import FitSettings
+from kvcalib.artifact.manifest import MOST_SINKS, FitSettings
 from kvcalib.errors import InputError
 from kvcalib.quant.codebook import Format
 from kvcalib.quant.fitting import Granularity, Solver, Weights, make_quantizer
@@ -76,7 +76,9 @@ class FitNuqSettings(BaseModel):
         default=Choices(outliers=(0.0,), scopes=("token",)),
         description="Further options for a budget to choose among; None for no others.",
     )
-    sinks: int = Field(default=0, ge=0, description="First tokens of a sequence, left out of thresholds and fit.")
+    sinks: int = Field(
+        default=0, ge=0, le=MOST_SINKS, description="First tokens of a sequence, left out of thresholds and fit."
+    )
     format: Format = "nuq"
     weights: Weights = "fisher_scale"
     qnorm: bool = True

@@ -23,7 +23,7 @@ from kvcalib.launch import Launch
 from kvcalib.model.identity import identify
 from kvcalib.model.loading import input_device, load_tokenizer
 from kvcalib.model.selftest import attention_layers
-from kvcalib.model.text import token_sequences
+from kvcalib.model.text import pinned_source, token_sequences
 from kvcalib.rundir import CALIBRATION, RunDir, fingerprint
 from kvcalib.runtime.loader import prove
 from kvcalib.stages.fisher_parts import bring_together, check_agreement, share
@@ -109,7 +109,12 @@ def run(
                 rotations = prove(model, choose_layers(model, settings.sliding))
                 chosen = choose(sequences, settings.seed, settings.keep_tokens)
             pass_settings = PassSettings(
-                settings.data, settings.seed, settings.keep_tokens, settings.window, batch_size, fingerprint(recorded)
+                pinned_source(settings.data),
+                settings.seed,
+                settings.keep_tokens,
+                settings.window,
+                batch_size,
+                fingerprint(recorded),
             )
             total = pass_settings.batches(len(sequences))
             part, plan = share(here, folder, total)

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.manifest import Manifest
-from kvcalib.calibration.statistics import CalibrationInfo
+from kvcalib.calibration.statistics import READABLE, CalibrationInfo
+from kvcalib.calibration.validate import read_info
 from kvcalib.errors import CorruptFile, InputError, KvcalibError
 from kvcalib.evaluation.comparison import Comparison
 from kvcalib.evaluation.perplexity import Evaluation
@@ -222,7 +223,7 @@ def _calibration(run_dir: RunDir) -> CalibrationInfo:
     path = run_dir.file(CALIBRATION)
     if not path.is_file():
         raise InputError(f"{run_dir.path}: no {CALIBRATION} there; run `kvcalib fisher MODEL --run {run_dir.path}`")
-    return CalibrationInfo.model_validate(read_tensors(path, [])[1]["info"])
+    return read_info(path, read_tensors(path, [])[1], CalibrationInfo, READABLE)
 
 
 def _neighbours(folder: Path) -> list[Path]:
