@@ -42,7 +42,7 @@ class FisherSettings(ModelSettings):
     keep_tokens: int = Field(default=8192, ge=16)
     batch_size: int | None = Field(default=None, ge=1)
     window: int = Field(default=5, ge=1, description="Queries of the windowed attention maximum (QAQ: 5).")
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seed: int = Field(default=0, gt=-(2**53), lt=2**53)
     sliding: Literal["auto", "yes", "no"] = Field(
         default="auto", description="Whether layers with a sliding window count; auto: if no layer attends in full."
     )

@@ -70,7 +70,7 @@ class Measure(_Settings):
     prompt: float | None = Field(default=None, gt=0, lt=1, description="Share of a sequence that is its prompt.")
     step: int | None = Field(default=None, ge=1, description="Tokens of a pass.")
     batch_size: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seed: int = Field(default=0, gt=-(2**53), lt=2**53)
 
 
 def _listed(value: Any) -> Any:
