@@ -99,17 +99,20 @@ class Kept:
         if self._ledger is None:
             return
         told = [row["of"] for _, row in self._ledger.rows() if "of" in row]
-        if told and told != [self.of]:  # to be discarded
+        other = any(of != self.of for of in told)
+        if other:  # to be discarded
             self.forget()
-        if told != [self.of]:
+        if other or not told:
             self._ledger.append([{"of": self.of}])
 
     def _read(self) -> dict[str, Row]:
         found: dict[str, Row] = {}
+        known = False
         if self._ledger is None:
             return found
         for number, row in self._ledger.rows():
             if isinstance(row.get("of"), dict):
+                known = True
                 if row["of"] != self.of:
                     if self.discard:
                         return {}
@@ -118,7 +121,8 @@ class Kept:
                         "that one again to go on with it, delete the file, or give another --json"
                     )
             elif isinstance(row.get("row"), dict) and isinstance(row.get("batch"), int):
-                found[str(row["batch"])] = row["row"]
+                if known:  # else nothing says what it is of
+                    found[str(row["batch"])] = row["row"]
             else:
                 raise self._ledger.damaged(number, "has neither 'of' nor 'batch' and 'row'")
         return found

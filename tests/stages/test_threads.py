@@ -1,4 +1,5 @@
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +52,8 @@ def test_an_error_ends_what_has_not_begun():
 
     def work(layer: int) -> None:
         begun.append(layer)
+        if layer:
+            time.sleep(0.3)
         raise ValueError(f"layer {layer}")
 
     with pytest.raises(ValueError, match="layer 0"):
