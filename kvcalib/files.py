@@ -214,7 +214,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = Non
 
 def layout(specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Any) -> tuple[bytes, list[str], int]:
     """A safetensors file's header with the length before it, its tensors in their order, and its size in bytes."""
-    order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    rank = {dtype: number for number, dtype in enumerate(DTYPES)}
+    order = sorted(specs, key=lambda name: (rank[specs[name][0]], name))
     header: dict[str, Any] = {"__metadata__": tensors_note(metadata)}
     end = 0
     for name in order:

@@ -41,6 +41,8 @@ FRIENDLINESS, FRIENDLINESS_PLOT = "friendliness.json", "friendliness.svg"
 ALLOCATION = "allocation.safetensors"
 ALLOCATION_PLOT, KL_MEASURES = "allocation.svg", "kl.jsonl"
 RECORD = "record.json"
+_HELD: set[tuple[int, Path]] = set()
+"""Locks that this process holds as the only writer."""
 OLD = 3600.0
 """Seconds after which a sign of a launch has lost its process."""
 
@@ -95,9 +97,14 @@ class RunDir:
         alone. The kernel gives the lock back when its holder ends, however it ends.
 
         Args:
-            shared: for reading several files that belong together; there may be many readers, and no writer.
+            shared: for reading several files that belong together; there may be many readers, and no writer but this
+                process itself.
         """
         path = self.path / ".lock"
+        held = (os.getpid(), path.resolve())
+        if shared and held in _HELD:
+            yield
+            return
         self._settle()
         try:
             handle = _locked(path, shared)
@@ -109,11 +116,13 @@ class RunDir:
             handle = None  # who cannot write here cannot lock it either, and hardly anybody else writes
         try:
             if not shared:
+                _HELD.add(held)
                 self._recover()
             yield
         finally:
             if handle is not None:
                 if not shared:
+                    _HELD.discard(held)
                     with contextlib.suppress(KvcalibError):  # what did not fit onto the disk shall not fill it
                         self._recover()
                 _unlock(handle, path)

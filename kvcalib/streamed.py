@@ -113,7 +113,7 @@ def stream_tensors(
 ) -> None:
     """Write tensors to `path` atomically; `pieces(name)` gives one's elements in order, piece by piece.
 
-    The same content gives the same bytes. Tensors are asked for by falling size of their elements, then by name.
+    The same content gives the same bytes. Tensors are asked for by type, then by name.
 
     Raises:
         InputError: as `write_bytes`. ValueError: the pieces of a tensor are not what `specs` says.

@@ -22,10 +22,11 @@ from kvcalib.errors import CorruptFile
 from kvcalib.untrusted import MAX_JSON_BYTES, open_file, parse_json, shown
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
+"""In the order in which safetensors' own writer puts a file's tensors."""
 MAX_DIMENSIONS = 8
 _PREFIX = 8
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from safetensors.torch import save_file
 
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import (
+    DTYPES,
     encode_tensors,
     hash_bytes,
     hash_file,
     hash_tensor,
     read_json,
     read_tensors,
+    remove_leftovers,
+    replacing,
     write_bytes,
     write_json,
+    write_tensors,
 )
 
 TENSORS = {
@@ -42,7 +47,8 @@ def test_write_replaces_whole_and_makes_folders(tmp_path):
         (errno.ENOSPC, "the disk is full, nothing was changed"),
         (errno.EDQUOT, "the disk is full, nothing was changed"),
         (errno.EROFS, "not writable"),
-        (errno.EIO, "cannot be written"),
+        (errno.EFBIG, "too large for this disk or for the limit of this process"),
+        (errno.EIO, "cannot be written, the disk reports an error"),
     ],
 )
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -149,3 +155,59 @@ def test_json_refuses_nan(tmp_path):
         write_json(tmp_path / "a", {"a": float("nan")})
     assert json.dumps(float("nan")) == "NaN"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
+    path = tmp_path / "a"
+    (tmp_path / ".a.1234.tmp").write_bytes(b"half")  # as older versions named them, by process
+    (tmp_path / ".a.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".a.b.0123abcd.tmp").write_bytes(b"of another file")
+    (tmp_path / ".a.mine.tmp").write_bytes(b"no name of ours")
+    with replacing(path) as living:
+        living.write_bytes(b"under way")
+        write_bytes(path, b"whole")
+        assert living.exists()
+    assert path.read_bytes() == b"under way"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.b.0123abcd.tmp", ".a.mine.tmp", "a"]
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mine.tmp", "a"]
+
+
+def test_device_is_written_to_and_not_replaced(tmp_path):
+    with pytest.raises(InputError, match=r"/dev/full: the disk is full"):
+        write_bytes(Path("/dev/full"), b"x")
+    assert Path("/dev/full").is_char_device()
+    assert [p.name for p in Path("/dev").iterdir() if ".tmp" in p.name] == []
+    os.mkfifo(tmp_path / "pipe")
+    read = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", [1])
+    assert os.read(read, 100) == b"[\n 1\n]\n"
+    os.close(read)
+
+
+def test_tensors_written_piece_by_piece_are_the_librarys_bytes(tmp_path):
+    every = {f"{n % 3} {dtype}": torch.ones(n, dtype=dtype) for n, dtype in enumerate(DTYPES)}
+    tensors = TENSORS | every | {'é\n"': torch.tensor(2.5)}
+    write_tensors(tmp_path / "t", tensors, {"z": [1, None], "a": "é"})
+    assert (tmp_path / "t").read_bytes() == encode_tensors(tensors, {"z": [1, None], "a": "é"})
+
+
+def test_file_and_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
+    """The content first, then its name: else a crash of the machine can leave an empty file under it."""
+    seen = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        seen.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    def replaced(source, target):
+        seen.append(f"to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    write_bytes(tmp_path / "a", b"x")
+    monkeypatch.undo()
+    assert [p.name if isinstance(p, Path) else p for p in seen][1:] == ["to a", tmp_path.name]
+    assert seen[0].name.endswith(".tmp")

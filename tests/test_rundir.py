@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 
 import pytest
 
 from kvcalib.errors import CorruptFile, FolderInUse, InputError
+from kvcalib.files import hash_bytes
 from kvcalib.rundir import RUN_FORMAT, RunDir, fingerprint
 
 SETTINGS = {"samples": 4, "data": "builtin"}
@@ -123,3 +125,98 @@ def test_lock_on_a_full_disk(run, monkeypatch):
 def test_fingerprint_is_of_the_content():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+# A stage's files and its record
+
+
+def staged(run, settings=None):
+    """A stage that was killed between finishing its files and moving them."""
+    folder = run.path / "staged" / "fisher"
+    folder.mkdir(parents=True)
+    (folder / "out.bin").write_bytes(b"better")
+    if settings is not None:
+        record = {"settings": settings, "outputs": {"out.bin": hash_bytes(b"better")}}
+        (folder / "record.json").write_text(json.dumps(record))
+
+
+def test_finished_files_and_record_move_together(run):
+    path = run.output("fisher", "out.bin")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"better")
+    assert run.file("out.bin").read_bytes() == b"result"
+    run.finish("fisher", SETTINGS | {"samples": 5}, ["out.bin"])
+    assert run.file("out.bin").read_bytes() == b"better"
+    assert run.up_to_date("fisher", SETTINGS | {"samples": 5})
+    assert sorted(p.name for p in run.path.iterdir()) == ["out.bin", "run.json", "stages"]
+
+
+def test_record_makes_what_a_killed_process_finished_count(run):
+    staged(run, SETTINGS | {"samples": 5})
+    again = RunDir(run.path)
+    assert again.settings("fisher")["samples"] == 5
+    assert again.up_to_date("fisher", SETTINGS | {"samples": 5})
+    assert sorted(p.name for p in run.path.iterdir()) == ["out.bin", "run.json", "stages"]
+
+
+def test_without_its_record_it_does_not(run):
+    staged(run)
+    assert RunDir(run.path).up_to_date("fisher", SETTINGS)
+    assert sorted(p.name for p in run.path.iterdir()) == ["out.bin", "run.json", "stages"]
+
+
+def test_files_on_their_way_are_left_to_the_process_that_moves_them(run):
+    with run.lock():
+        staged(run, SETTINGS)
+        RunDir(run.path)
+        assert (run.path / "staged" / "fisher" / "record.json").is_file()
+    assert not (run.path / "staged").exists()
+
+
+def test_record_that_does_not_fit_onto_the_disk(run, monkeypatch):
+    before = run.record("fisher")
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with run.lock():
+        staged(run)
+        monkeypatch.setattr(os, "fsync", full_disk)
+        with pytest.raises(InputError, match="the disk is full"):
+            run.finish("fisher", SETTINGS | {"samples": 5}, ["out.bin"])
+        monkeypatch.undo()
+    assert run.record("fisher") == before
+    assert run.up_to_date("fisher", SETTINGS)
+    assert not (run.path / "staged").exists()
+
+
+def test_parts_of_a_finished_stage_go(run):
+    for stage, settings in (("fisher", SETTINGS), ("fit-nuq", {"key_bits": 3})):
+        run.parts(stage, settings).joinpath("part").write_bytes(b"x")
+    with run.lock():
+        pass
+    assert [p.name for p in (run.path / "parts").iterdir()] == ["fit-nuq"]
+
+
+def test_many_readers_or_one_writer(run):
+    with run.lock(shared=True), RunDir(run.path).lock(shared=True), pytest.raises(FolderInUse), run.lock():
+        pytest.fail("a writer beside readers")
+    assert not (run.path / ".lock").exists()
+    with run.lock():
+        with run.lock(shared=True):  # the writer reads, too
+            pass
+        assert (run.path / ".lock").exists()
+        child = os.fork()
+        if child == 0:
+            try:
+                with run.lock(shared=True):
+                    os._exit(0)
+            except FolderInUse:
+                os._exit(4)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+
+
+def test_begun_and_killed_before_its_marker_was_whole(tmp_path):
+    (tmp_path / ".run.json.0123abcd.tmp").write_bytes(b"{")
+    RunDir(tmp_path, create=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]

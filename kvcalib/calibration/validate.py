@@ -119,7 +119,7 @@ def check_specs(path: Path, info: CalibrationInfo, tensors: TensorFile) -> None:
     """
     try:
         kept = _check_columns(info, tensors)
-        expected: Specs = {name: ((torch.int64,), (kept,)) for name in COLUMNS}
+        expected: Specs = dict.fromkeys(COLUMNS, ((torch.int64,), (kept,)))
         for layer in info.layers:
             expected |= _expected(info, layer, kept)
         if info.version >= 5:
