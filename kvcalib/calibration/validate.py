@@ -187,7 +187,7 @@ class Sound(Mapping[str, Tensor]):
         self.tensors, self.path = tensors, path
 
     def __getitem__(self, name: str) -> Tensor:
-        top = self.tensors.stored[name + TOP] if name + TOP in self.tensors.stored else None
+        top = self.tensors.stored.get(name + TOP)
         if top is not None and bool(((top < LOWEST) | (top > HIGHEST)).any()):
             raise CorruptFile(f"{self.path}: {name}{TOP} leaves {LOWEST}..{HIGHEST}, the bins of a float64; {AGAIN}")
         found = self.tensors[name]
