@@ -15,7 +15,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kvcalib.calibration.sums import LIMBS, TOP
+from kvcalib.calibration.exact import BITS, LOWEST
+from kvcalib.calibration.sums import LIMBS, TOP, Decoded
 from kvcalib.errors import CorruptFile
 from kvcalib.untrusted import first_fault, shown
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 AGAIN = "run `kvcalib fisher` again with --overwrite"
 LARGEST = (1 << 53) - 1
 MOST_CHANNELS = 1 << 24
+HIGHEST = 1023 // BITS
+"""The bin of the largest float64."""
 SUMS, SAMPLES = (torch.float64,), (torch.float32,)
 CODES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Known = dict[str, tuple[tuple[torch.dtype, ...], str, bool]]
@@ -180,10 +183,13 @@ class Sound(Mapping[str, Tensor]):
         CorruptFile: when one is asked for that holds NaN, infinity, or numbers below 0 where there are none.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+    def __init__(self, tensors: Decoded, path: Path) -> None:
         self.tensors, self.path = tensors, path
 
     def __getitem__(self, name: str) -> Tensor:
+        top = self.tensors.stored.get(name + TOP)
+        if top is not None and bool(((top < LOWEST) | (top > HIGHEST)).any()):
+            raise CorruptFile(f"{self.path}: {name}{TOP} leaves {LOWEST}..{HIGHEST}, the bins of a float64; {AGAIN}")
         found = self.tensors[name]
         _, _, negative = (KNOWN | SINCE_4).get(".".join(name.split(".")[2:]), ((), "", True))
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
