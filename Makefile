@@ -41,8 +41,8 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality allocate report report-screenshots \
-	fuzz audit release-check clean
+	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality bench-scale soak allocate report \
+	report-screenshots fuzz audit release-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -111,6 +111,12 @@ bench-quality: $(DEV)  ## every method at equal bytes, and the README's table an
 bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time, a stream without end
 	$(BIN)/python bench/eviction.py $(ARGS)
 
+bench-scale: $(RUNTIME)  ## every stage's time, memory and disk against what --dry-run said
+	$(BIN)/python bench/scale.py $(ARGS)
+
+soak: $(RUNTIME)  ## half an hour of everything on one attached model: memory flat, bits of a fresh process
+	$(BIN)/python bench/soak.py $(ARGS)
+
 report: need-RUN $(RUNTIME)  ## one HTML file of a run and its artifacts: RUN= [OUT=file.html MODEL=]
 	$(BIN)/kvcalib report "$(RUN)" $(call opt,--out,OUT) $(call opt,--model,MODEL) $(ARGS)
 
@@ -168,5 +174,5 @@ $(DEV): $(RUNTIME)
 
 # Commands make temporary files even when nothing is installed anew.
 demo test lint calibrate fisher fit-nuq friendliness allocate build eval report fuzz audit release-check bench-kmeans \
-	bench-fisher \
-	bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality: | .cache/tmp
+	bench-fisher bench-decode bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-quality bench-scale \
+	soak: | .cache/tmp

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from kvcalib.model.rotary import RotaryCall, Rotation
 CHANGING = ("dynamic", "longrope")
 PROBES = (1, 2, 3, 5, 9, 17, 40, 101)
 TOLERANCE = 2e-4
+_KNOWN: WeakValueDictionary[tuple[bytes, ...], Angles] = WeakValueDictionary()
+"""Equal angles are one object: tables hang on it, and would be made anew at every `attach`."""
 
 
 @dataclass(eq=False)
@@ -96,9 +99,11 @@ class Angles:
 
     @classmethod
     def _make(cls, first: list[int], second: list[int], frequency: list[float], scale: list[float]) -> Angles:
-        return cls(
+        made = cls(
             torch.tensor(first), torch.tensor(second), torch.tensor(frequency, dtype=torch.float64), torch.tensor(scale)
         )
+        tensors = (made.first, made.second, made.frequency, made.scale)
+        return _KNOWN.setdefault(tuple(x.numpy().tobytes() for x in tensors), made)
 
 
 def signed_partners(rotation: Rotation, head_dim: int, rotary_dim: int) -> list[int] | None:

@@ -9,6 +9,7 @@ all) is not guessed: `Rotation.find` tries them on the module's own keys and tak
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -70,40 +71,60 @@ class RotaryCall:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+class _Pass(threading.local):
+    """The forward pass that is under way in this thread.
+
+    Attributes:
+        calls: of rotary modules.
+        angles: the last answer for each call.
+        asking: whether a module now runs for us and not for the model.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[RotaryCall] = []
+        self.angles: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self.asking = False
+
+
 class RotaryRecorder:
-    """Remembers the rotary calls of the forward pass under way and answers for other positions."""
+    """Remembers the rotary calls of this thread's forward pass and answers for other positions."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.calls: list[RotaryCall] = []
-        self._asking = False
-        self._angles: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self._pass = _Pass()
         modules = [m for m in model.modules() if "rotary" in type(m).__name__.lower() and not list(m.children())]
         self._handles = [m.register_forward_hook(self._remember, with_kwargs=True) for m in modules]
         self.found = bool(modules)
 
     @torch.compiler.disable
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._asking or not (isinstance(output, tuple) and len(output) == 2):
+        if self._pass.asking or not (isinstance(output, tuple) and len(output) == 2):
             return
         given = dict(zip(("x", "position_ids", "layer_type"), args, strict=False)) | kwargs
         positions = given.pop("position_ids", None)
         given.pop("x", None)
         if isinstance(positions, Tensor):
-            self.calls.append(RotaryCall(module, positions, output[0], output[1], given))
+            self._pass.calls.append(RotaryCall(module, positions, output[0], output[1], given))
 
     def start(self) -> None:
         """Forget the calls of the forward pass before."""
-        self.calls.clear()
-        self._angles.clear()
+        self._pass.calls.clear()
+        self._pass.angles.clear()
+
+    def finish(self) -> None:
+        """The pass is over: forget its calls, unless a backward pass may run its layers again (checkpointing)."""
+        self._pass.angles.clear()
+        if not torch.is_grad_enabled():
+            self._pass.calls.clear()
 
     def match(self, cos: Tensor) -> RotaryCall | None:
         """The call that produced `cos`: the same tensor, else (a copy on another device) the same values."""
-        for call in reversed(self.calls):
+        calls = self._pass.calls
+        for call in reversed(calls):
             if call.cos is cos:
                 return call
-        if len(self.calls) == 1:
-            return self.calls[0]
-        for call in reversed(self.calls):
+        if len(calls) == 1:
+            return calls[0]
+        for call in reversed(calls):
             if call.cos.shape == cos.shape and torch.equal(call.cos.to(cos.device), cos):
                 return call
         return None
@@ -113,17 +134,17 @@ class RotaryRecorder:
 
         Layers of one forward pass ask for the same positions; the last answer per call is kept until `start`.
         """
-        kept = self._angles.get(id(call))
+        kept = self._pass.angles.get(id(call))
         if kept is not None and kept[0] is positions:
             return kept[1]
-        self._asking = True
+        self._pass.asking = True
         try:
             probe = torch.empty(1, 1, 1, dtype=call.cos.dtype, device=call.position_ids.device)
             ids = positions.to(call.position_ids.device, call.position_ids.dtype)
             answer = call.module(probe, position_ids=ids, **call.extra)
         finally:
-            self._asking = False
-        self._angles[id(call)] = (positions, answer)
+            self._pass.asking = False
+        self._pass.angles[id(call)] = (positions, answer)
         return answer
 
     def remove(self) -> None:

@@ -8,7 +8,8 @@ module's own function. One mechanism for every family; `selftest.py` proves it e
     with Taps(model, handler):
         model(input_ids)
 
-Shapes: query `[B, Hq, Q, D]`, key and value `[B, H, T, D]`, H kv heads. Taps are not for several threads at once.
+Shapes: query `[B, Hq, Q, D]`, key and value `[B, H, T, D]`, H kv heads. Several threads may run a tapped model at once,
+each with a cache of its own: what belongs to a call is kept per thread, and let go when the forward pass ends.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,12 +35,12 @@ from kvcalib.model.rotary import RotaryCall, RotaryRecorder, Rotation
 
 AttentionOutput = tuple[Tensor, Tensor | None]
 BASES = ("sdpa", "eager")
-_ACTIVE: weakref.WeakKeyDictionary[nn.Module, Tap] = weakref.WeakKeyDictionary()
+_TAPPED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass
 class Tap:
-    """One tapped attention module, with what its present call was given."""
+    """One tapped attention module, with what one call was given; a new one for each call."""
 
     module: nn.Module
     layer: int
@@ -90,6 +92,21 @@ class Call:
         )
 
 
+class _Present(threading.local):
+    """The call that is under way in this thread: from a module's pre-hook to its attention function."""
+
+    tap: Tap | None = None
+
+
+class _Switch(threading.local):
+    """Whether this thread's passes are tapped."""
+
+    on = True
+
+
+_PRESENT = _Present()
+
+
 class Handler(Protocol):
     """What happens at a tapped attention."""
 
@@ -138,29 +155,37 @@ def find_attention(model: PreTrainedModel) -> dict[int, nn.Module]:
 class Taps:
     """Tap `layers` (default: all that attend in full) of `model` and give their attention calls to `handler`.
 
-    A context manager; `remove()` restores the model. While `bypass()` is entered the model runs untouched.
+    A context manager; `remove()` restores the model. While a thread has entered `bypass()`, its passes run untouched.
+    Nothing outside the model keeps it alive: who drops a tapped model needs no `remove()`.
 
     Raises:
-        UnsupportedModel: see `find_attention`.
+        UnsupportedModel: see `find_attention`. RuntimeError: the model is tapped already.
     """
 
     def __init__(self, model: PreTrainedModel, handler: Handler, rotations: dict[int, Rotation]) -> None:
         self.model = model
         self.handler = handler
-        self.enabled = True
+        self._switch = _Switch()
         self.recorder = RotaryRecorder(model)
         self._angles: dict[Any, Angles | None] = {}
         self.base = base_implementation(model)
         self._original = model.config._attn_implementation
         modules = find_attention(model)
         self.taps = {layer: Tap(modules[layer], layer, self, rotations[layer]) for layer in rotations}
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
-        for tap in self.taps.values():
-            if tap.module in _ACTIVE:
-                self.remove()
-                raise RuntimeError("the model is already tapped (attached?); call kvcalib.detach(model) first")
-            _ACTIVE[tap.module] = tap
-            self._handles.append(tap.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._of = {tap.module: tap for tap in self.taps.values()}
+        if any(module in _TAPPED for module in self._of):
+            self._of.clear()
+            self.recorder.remove()
+            raise RuntimeError("the model is already tapped (attached?); call kvcalib.detach(model) first")
+        # On the base model, which callers may run without its head.
+        inner = model.base_model
+        self._handles: list[Any] = [
+            inner.register_forward_pre_hook(self._start, with_kwargs=True),
+            inner.register_forward_hook(self._end, always_call=True),
+        ]
+        for module in self._of:
+            _TAPPED.add(module)
+            self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
         model.set_attn_implementation(implementation_name(self.base))
 
     def __enter__(self) -> Taps:
@@ -175,20 +200,27 @@ class Taps:
             handle.remove()
         self._handles.clear()
         self.recorder.remove()
-        for tap in self.taps.values():
-            if _ACTIVE.get(tap.module) is tap:
-                del _ACTIVE[tap.module]
+        for module in self._of:
+            _TAPPED.discard(module)
         if self.model.config._attn_implementation == implementation_name(self.base):
             self.model.set_attn_implementation(self._original)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taps:
+        raise RuntimeError("the model is tapped (attached?) and cannot be copied; call kvcalib.detach(model) first")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this thread's passes are tapped."""
+        return self._switch.on
+
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:
-        """Run the model as if it were not tapped."""
-        before, self.enabled = self.enabled, False
+        """Run the model, in this thread, as if it were not tapped."""
+        before, self._switch.on = self._switch.on, False
         try:
             yield
         finally:
-            self.enabled = before
+            self._switch.on = before
 
     def base_attention(self, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionOutput:
         """The attention function that the model used before."""
@@ -208,20 +240,25 @@ class Taps:
         self.recorder.start()
 
     @torch.compiler.disable
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # After an error too. A cache or its angles, kept until the next pass, could be gigabytes.
+        _PRESENT.tap = None
+        self.recorder.finish()
+
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _PRESENT.tap = None
         if not self.enabled:
             return None
-        tap = _ACTIVE[module]
         given = dict(zip(parameter_names(type(module)), args, strict=False)) | kwargs
         embeddings = given.get("position_embeddings")
-        tap.cache, tap.mask = given.get("past_key_values"), given.get("attention_mask")
-        if embeddings is None:
-            tap.cos = tap.sin = tap.rotary = None
-        else:
+        tap = replace(self._of[module], cache=given.get("past_key_values"), mask=given.get("attention_mask"))
+        if embeddings is not None:
             tap.cos, tap.sin = embeddings
             tap.rotary = self.recorder.match(tap.cos)
             given["position_embeddings"] = (torch.ones_like(tap.cos), torch.zeros_like(tap.sin))
         self.handler.before(tap)
+        _PRESENT.tap = tap
         return (), given
 
 
@@ -271,9 +308,9 @@ def _attention_for(base: str) -> Any:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> AttentionOutput:
-        tap = _ACTIVE.get(module)
+        tap, _PRESENT.tap = _PRESENT.tap, None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if tap is None or not tap.owner.enabled:
+        if tap is None or tap.module is not module:
             return base_function(base, module)(module, query, key, value, attention_mask, scaling=scale, **kwargs)
         return tap.owner.handler.attend(Call(tap, query, key, value, attention_mask, scale, kwargs))
 

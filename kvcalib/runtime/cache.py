@@ -30,6 +30,9 @@ class PackedCache(DynamicCache):
         config: the model's config; it names the stock layers.
         layers: layer index to the `TapLayer` that takes its place.
         origin: what the cache was made from: artifact, model and settings (see `saved.py`).
+
+    Attributes:
+        lent: the cache lives for one forward pass, whose output must not name it.
     """
 
     def __init__(self, config: PreTrainedConfig, layers: dict[int, TapLayer], origin: saved.Origin | None = None):
@@ -43,6 +46,7 @@ class PackedCache(DynamicCache):
             # Layers of one kind share a mask; a stock layer needs all of it.
             mine.whole_mask = len(evicting) < len(full)
         self.origin = origin
+        self.lent = False
         self._positions = Rows()
         self._view: Tensor | None = None
         self._expected: int | None = None

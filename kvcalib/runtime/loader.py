@@ -45,7 +45,8 @@ from kvcalib.runtime.tiers import Adaptive, load_adaptive
 
 Prefill = Literal["quantized", "exact"]
 PREFILLS: tuple[Prefill, ...] = ("quantized", "exact")
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+"""Weak on both sides: the model's own hooks keep its attachment, and nothing here keeps the model."""
 
 
 @dataclass
@@ -309,7 +310,6 @@ class Attachment:
     adaptive: Adaptive | None = None
     eviction: Eviction | None = None
     handles: list[Any] = field(default_factory=list)
-    lent: PackedCache | None = None
 
     @property
     def prefill(self) -> Prefill:
@@ -367,24 +367,23 @@ class Attachment:
     @torch.compiler.disable
     def _give_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Also with use_cache=False: attention then reads a packed cache that lives for this one call.
-        self.lent = None
         if not self.taps.enabled or kwargs.get("past_key_values") is not None or len(args) > 3:
             return None
         cache = self.make_cache()
         wanted = kwargs.get("use_cache")
         if wanted is False or (wanted is None and self.model.config.get_text_config(decoder=True).use_cache is False):
-            self.lent = cache
+            cache.lent = True
         return args, kwargs | {"past_key_values": cache}
 
     @torch.compiler.disable
     def _take_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         # `generate(use_cache=False)` would go on with a cache that it finds in the output.
-        lent, self.lent = self.lent, None
-        if lent is None:
+        parts = output.values() if isinstance(output, ModelOutput) else output
+        if not any(_is_lent(part) for part in parts):
             return None
         if isinstance(output, ModelOutput):
-            return type(output)(**{name: part for name, part in output.items() if part is not lent})
-        return tuple(part for part in output if part is not lent)
+            return type(output)(**{name: part for name, part in output.items() if not _is_lent(part)})
+        return tuple(part for part in output if not _is_lent(part))
 
     def remove(self) -> None:
         """Undo `install` and take the taps off."""
@@ -393,6 +392,16 @@ class Attachment:
         self.handles.clear()
         self.model.__dict__.pop("_prepare_cache_for_generation", None)
         self.taps.remove()
+
+
+def _is_lent(part: Any) -> bool:
+    return isinstance(part, PackedCache) and part.lent
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What `attach` returned for `model`, None if it is not attached."""
+    found = _ATTACHED.get(model)
+    return None if found is None else found()
 
 
 def attach(
@@ -436,7 +445,7 @@ def attach(
             policy asks for. ValueError: settings that do not go together.
         RuntimeError: the model is attached already.
     """
-    if model in _ATTACHED:
+    if attachment_of(model) is not None:
         raise RuntimeError("the model is attached already; call kvcalib.detach(model) first")
     loaded = artifact if isinstance(artifact, Artifact) else load(artifact)
     loaded.check_fit(model)
@@ -467,14 +476,15 @@ def attach(
         taps.remove()
         raise
     attachment.install()
-    _ATTACHED[model] = attachment
+    _ATTACHED[model] = weakref.ref(attachment)
     return attachment
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`; nothing happens if the model is not attached."""
-    attachment = _ATTACHED.pop(model, None)
+    attachment = attachment_of(model)
     if attachment is not None:
+        del _ATTACHED[model]
         attachment.remove()
 
 
@@ -484,7 +494,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> PackedCache:
     Raises:
         RuntimeError: the model is not attached.
     """
-    attachment = _ATTACHED.get(model)
+    attachment = attachment_of(model)
     if attachment is None:
         raise RuntimeError("the model is not attached; call kvcalib.attach(model, artifact) before load_cache")
     made = attachment.make_cache()

@@ -228,18 +228,13 @@ def _make_plan(quantizer: Quantizer, angles: Angles | None) -> _Plan:
 
 
 def _turns(angles: Angles, highest: int) -> _Turns:
-    """The tables of a rotation, long enough for position `highest`; layers that turn alike share them."""
+    """The tables of a rotation, long enough for position `highest`."""
     kept = _TURNS.get(angles)
-    if kept is not None and len(kept.coarse[0]) > highest >> 10:
-        return kept
-    same = [made for other, made in _TURNS.items() if torch.equal(other.frequency, angles.frequency)]
-    kept = max(same, key=lambda made: len(made.coarse[0]), default=None)
     if kept is None or len(kept.coarse[0]) <= highest >> 10:
         fine = angles.at(torch.arange(1024)) if kept is None else kept.fine
         room = max(LEAST, 2 * ((highest >> 10) + 1))
         coarse = angles.at(torch.arange(room) * 1024)
-        kept = _Turns(fine, coarse, (*(x.data_ptr() for x in (*fine, *coarse)), room))
-    _TURNS[angles] = kept
+        kept = _TURNS[angles] = _Turns(fine, coarse, (*(x.data_ptr() for x in (*fine, *coarse)), room))
     return kept
 
 

@@ -42,7 +42,7 @@ def by_hand(model, artifact, row, **keep):
     """Logits of one row's continuation, and its cache."""
     kvcalib.attach(model, artifact, **keep)
     try:
-        cache = artifact.new_cache(model) if not keep else kvcalib.runtime.loader._ATTACHED[model].make_cache()
+        cache = artifact.new_cache(model) if not keep else kvcalib.runtime.loader.attachment_of(model).make_cache()
         with torch.no_grad():
             model(row[:, :FIRST], past_key_values=cache)
             cache.evict()

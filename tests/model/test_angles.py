@@ -71,3 +71,13 @@ def test_a_million_positions_are_exact():
 
     assert np.abs(cos.numpy() - np.cos(angle)).max() < 1e-7
     assert np.abs(sin.numpy() - np.sin(angle)).max() < 1e-7
+
+
+def test_equal_angles_are_one_object():
+    """Tables hang on it: another model of the kind, or the same one attached again, makes no new ones."""
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    first, same, other = (tiny_llama(seed, **more) for seed, more in ((0, {}), (1, {}), (0, theta)))
+    found = [[angles for angles, *_ in angles_and_rotation(model).values()] for model in (first, same, other)]
+    assert all(angles is found[0][0] for angles in found[0] + found[1])
+    assert all(angles is found[2][0] for angles in found[2])
+    assert found[2][0] is not found[0][0]

@@ -321,16 +321,17 @@ def test_a_recent_window_longer_than_the_packed_part(threads):
     check(*make_view(320, 3, batch=1, heads=1, recent=500), turning())
 
 
-def test_tables_grow_where_a_pass_needs_it_and_are_shared():
+def test_tables_grow_where_a_pass_needs_it():
     view, key, value = make_view(70, 3)
-    angles, alike = turning(turned=7), turning(turned=7)
-    assert native._turns(angles, 0) is native._turns(alike, 0)
-    assert native._turns(turning(turned=3), 0) is not native._turns(alike, 0)
+    angles, other = turning(turned=7), turning(turned=3)
+    before = native._turns(angles, 0)
+    assert native._turns(angles, 0) is before
+    assert native._turns(other, 0) is not before
     reach = native.LEAST * 1024
     for last in (reach - 1, reach, 5 * reach):
         view.positions = torch.arange(70)[None].int() + last - 69
         check(view, key, value, angles)
-    assert native._turns(angles, 0).numbers[-1] > 5 * native.LEAST > native._turns(alike, 0).numbers[-1]
+    assert native._turns(angles, 0).numbers[-1] > 5 * native.LEAST > before.numbers[-1]
 
 
 def test_drawn_has_to_fit():

@@ -102,11 +102,19 @@ _CACHE: dict[tuple[Any, ...], Any] = {}
 def _once(build: Callable[[], T], owners: tuple[Any, ...], *key: Any) -> T:
     """`build()`, remembered as long as all `owners` live."""
     full = (build.__qualname__, *(id(o) for o in owners), *key)
-    if full not in _CACHE:
-        _CACHE[full] = build()
-        for owner in owners:
-            weakref.finalize(owner, _CACHE.pop, full, None)
-    return _CACHE[full]
+    kept = _CACHE.get(full)
+    if kept is None:
+        kept = _CACHE[full] = build()
+        final: list[Any] = []
+
+        def forget() -> None:
+            _CACHE.pop(full, None)
+            # Of the owners the first one to go ends it: the others would carry a finalizer each for ever.
+            for each in final:
+                each.detach()
+
+        final += [weakref.finalize(owner, forget) for owner in owners]
+    return kept
 
 
 def slot_tables(quantizer: Quantizer, angles: Angles | None, device: torch.device) -> SlotTables:
