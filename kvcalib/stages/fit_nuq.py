@@ -96,9 +96,10 @@ def _with_settings(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str
 
 
 def _fit_and_join(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str, Any], here: Launch) -> None:
-    folder = here.in_turn("fit-nuq", lambda: run_dir.parts(PARTS, recorded, discard=True))
     with here.step("fit-nuq"):
         calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
+        sample_without_sinks(calibration, settings.sinks)  # refused before anything is written
+    folder = here.in_turn("fit-nuq", lambda: run_dir.parts(PARTS, recorded, discard=True))
     layers = [shape.index for shape in calibration.info.layers]
     there = {layer for found in here.gather(_fitted(folder, layers)) for layer in found}
     left = [layer for layer in layers if layer not in there]

@@ -74,30 +74,37 @@ class Ledger:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
+            with open(self.path, "a+b", buffering=0) as file:  # nothing is left over to be written later
                 fcntl.flock(file, fcntl.LOCK_EX)
-                _mend(file)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                before = _mend(file)
+                try:
+                    left = memoryview(content)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except BaseException:  # a full disk, or Ctrl-C: as it was before
+                    os.ftruncate(file.fileno(), before)
+                    if not before:
+                        self.path.unlink(missing_ok=True)
+                    raise
         except OSError as error:
             raise write_error(self.path, error, len(content)) from error
 
 
-def _mend(file: Any) -> None:
-    """Cut off a torn last line; a whole one that only lacks its newline gets it."""
+def _mend(file: Any) -> int:
+    """Cut off a torn last line; a whole one that only lacks its newline gets it. The size that the file then has."""
     size = file.seek(0, os.SEEK_END)
     if not size:
-        return
+        return 0
     file.seek(0)
     tail = file.read().rpartition(b"\n")[2]
     if not tail:
-        return
+        return int(size)
     if _is_json(tail):
         file.write(b"\n")
     else:
         file.truncate(size - len(tail))
-    file.seek(0, os.SEEK_END)
+    return int(file.seek(0, os.SEEK_END))
 
 
 def _is_json(line: bytes) -> bool:
