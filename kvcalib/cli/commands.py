@@ -1,7 +1,7 @@
 """The commands: parse, call one stage, print. No arithmetic.
 
 Results go to standard output, progress and notes to standard error. Exit codes: 0 done, 2 bad usage or input, 3 the
-model or artifact does not fit, 4 the folder holds something else, 130 interrupted.
+model or artifact does not fit, 4 the folder holds something else, 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
