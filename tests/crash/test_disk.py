@@ -13,7 +13,7 @@ STAGES = (
     "tiers again", "merge", "card", "export", "report",
 )  # fmt: skip
 BLOCK = 4096
-ROOM = (0.0, 0.3, 0.6)
+ROOM = (0.0, 0.5)
 
 
 @pytest.fixture(scope="module")
