@@ -124,8 +124,8 @@ def check_specs(path: Path, info: CalibrationInfo, tensors: TensorFile) -> None:
         kept = _check_columns(info, tensors)
         expected: Specs = dict.fromkeys(COLUMNS, ((torch.int64,), (kept,)))
         for layer in info.layers:
-            expected |= _expected(info, layer, kept)
-        if info.version >= 5:
+            expected |= _expected(info, layer, kept, tensors)
+        if info.version >= 5 or SEQUENCES in tensors.specs:
             expected |= {SEQUENCES: ((torch.int64,), (info.sequences,)), **_exact(NLL, ())}
         for name in sorted(set(tensors.specs) - set(expected)):
             raise ValueError(f"tensor {shown(name)} is none that a calibration of these layers has")
@@ -140,14 +140,17 @@ def check_specs(path: Path, info: CalibrationInfo, tensors: TensorFile) -> None:
         raise CorruptFile(f"{path}: {error}; {AGAIN}") from None
 
 
-def _expected(info: CalibrationInfo, layer: LayerShape, kept: int) -> Specs:
-    """Types and shapes of one layer's tensors, by name."""
+def _expected(info: CalibrationInfo, layer: LayerShape, kept: int, tensors: TensorFile) -> Specs:
+    """Types and shapes of one layer's tensors, by name; sums in the form in which the file has them."""
     sizes = {"n": kept, "H": layer.kv_heads, "Q": layer.query_heads, "D": layer.head_dim, "B": 0}
     found: Specs = {}
-    for name, (dtypes, letters, _) in (KNOWN | (SINCE_4 if info.version >= 4 else {})).items():
+    for name, (dtypes, letters, _) in (KNOWN | SINCE_4).items():
         shape = tuple(sizes[letter] for letter in letters)
         full = f"layers.{layer.index}.{name}"
-        found |= _exact(full, shape) if dtypes is SUMS and info.version >= 5 else {full: (dtypes, shape)}
+        if name in SINCE_4 and info.version < 4 and full not in tensors.specs:
+            continue
+        exact = dtypes is SUMS and full not in tensors.specs
+        found |= _exact(full, shape) if exact else {full: (dtypes, shape)}
     return found
 
 
