@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from kvcalib.errors import CorruptFile, NotWritable
@@ -191,10 +190,12 @@ def read_json(path: Path) -> Any:
 
 
 def encode_tensors(tensors: Mapping[str, Tensor], metadata: Any = None) -> bytes:
-    """A safetensors file with `metadata` as its one key; the same content gives the same bytes."""
-    return save(
-        {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, metadata=tensors_note(metadata)
-    )
+    """A safetensors file with `metadata` as its one key; the same content gives the same bytes.
+
+    The library's own writer goes through `numpy.ctypeslib`, which keeps a type for every size of a tensor for ever.
+    """
+    header, order, _ = layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, metadata)
+    return b"".join([header, *(flat_bytes(tensors[name]) for name in order)])
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
