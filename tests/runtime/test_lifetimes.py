@@ -135,6 +135,32 @@ def test_one_artifact_attached_again_and_to_two_models_makes_its_tables_once(cas
     assert all(mine[0] is made[0][0] and mine[1] is made[0][1] for mine in made)
 
 
+def test_saved_caches_leave_no_types(case, tmp_path):
+    """safetensors' own writer makes a ctypes type for every size that it meets, and keeps it."""
+    model, artifact, rotations = case("llama")
+    attachment = kvcalib.attach(model, artifact, rotations=rotations)
+
+    def save(length):
+        cache = attachment.make_cache()
+        with torch.no_grad():
+            model(tokens(1, length), past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        kvcalib.load_cache(tmp_path / "cache", model)
+
+    def types():
+        gc.collect()
+        return sum(isinstance(x, type) for x in gc.get_objects())
+
+    try:
+        save(7)
+        before = types()
+        for length in (8, 11, 19, 23):
+            save(length)
+        assert types() == before
+    finally:
+        kvcalib.detach(model)
+
+
 def test_tables_of_kernels_leave_no_finalizer(case):
     artifact = case("llama")[1]
     stays = angles.Angles._make(list(range(8)), list(range(8, 16)), [0.5] * 8, [1.0] * 8)
