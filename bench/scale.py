@@ -30,6 +30,7 @@ SHAPES = {  # hidden, inner, layers, query heads, kv heads, vocabulary; heads of
 }
 FITTED, CHECKED = ("demo", "small", "medium"), ("large",)
 SAMPLES, SEQ_LEN = 8, 512
+STAGES = ("fisher", "fit-nuq", "friendliness", "allocate", "build", "eval")
 
 MAKE = """
 import json, shutil, sys, torch
@@ -91,9 +92,13 @@ def measured(arguments: list[str]) -> dict[str, float]:
 def of_files(run: Path, artifact: Path) -> dict[str, int]:
     """Bytes on disk that each stage has left."""
     folders = {"build": artifact}
-    files = {"fisher": "calibration.safetensors", "fit-nuq": "codebooks.safetensors", "allocate": "allocation.safetensors"}
-    found = {stage: sum(p.stat().st_size for p in folder.iterdir()) for stage, folder in folders.items()}
-    return found | {stage: (run / name).stat().st_size for stage, name in files.items()}
+    files = {
+        "fisher": "calibration.safetensors",
+        "fit-nuq": "codebooks.safetensors",
+        "allocate": "allocation.safetensors",
+    }
+    found = {stage: sum(p.stat().st_size for p in f.iterdir()) for stage, f in folders.items() if f.is_dir()}
+    return found | {stage: (run / name).stat().st_size for stage, name in files.items() if (run / name).is_file()}
 
 
 def child(code: str, *arguments: str) -> str:
@@ -107,24 +112,24 @@ def child(code: str, *arguments: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SHAPES), help="models, with commas between them")
-    parser.add_argument("--stages", default="", help="stages to show, with commas between them; default: all")
+    parser.add_argument("--stages", default=",".join(STAGES), help="the first few stages; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/scale.json")
     chosen = parser.parse_args()
-    rows = []
-    print(f"{'model':8} {'stage':13} {'seconds':>9} {'said':>7} {'MB host':>9} {'said':>7} {'off':>6} {'MB disk':>9} {'said':>7}")
+    rows, stages = [], chosen.stages.split(",")
+    titles = ("seconds", "said", "MB host", "said", "off", "MB disk", "said")
+    print(f"{'model':8} {'stage':13} " + " ".join(f"{title:>8}" for title in titles))
     for name in chosen.only.split(","):
         place = Path(tempfile.mkdtemp(prefix="kvcalib-scale-"))
         try:
             model, run, artifact = place / "model", place / "run", place / "artifact"
             child(MAKE, json.dumps(SHAPES[name]), str(model))
             estimate = json.loads(child(ESTIMATE, str(model), json.dumps([SAMPLES, SEQ_LEN]), str(place)))
-            taken = {stage: measured(arguments) for stage, arguments in commands(model, run, artifact).items()}
+            steps = commands(model, run, artifact)
+            taken = {stage: measured(steps[stage]) for stage in steps if stage in stages}
             disk = of_files(run, artifact)
         finally:
             shutil.rmtree(place)
         for stage, found in taken.items():
-            if chosen.stages and stage not in chosen.stages.split(","):
-                continue
             said = estimate["costs"][stage]
             row = {
                 "model": name, "fitted": name in FITTED, "parameters": estimate["parameters"], "stage": stage,
@@ -132,9 +137,11 @@ def main() -> None:
                 "host_off": said["host"] / found["host"] - 1,
             }  # fmt: skip
             rows.append(row)
+            sizes = (found["host"], said["host"]), (row["disk"] or 0, said["disk"])
+            (host, host_said), (disk_, disk_said) = ([size / 1e6 for size in pair] for pair in sizes)
             print(
-                f"{name:8} {stage:13} {found['seconds']:9.1f} {said['seconds']:7.1f} {found['host'] / 1e6:9.0f} "
-                f"{said['host'] / 1e6:7.0f} {row['host_off']:+6.0%} {(row['disk'] or 0) / 1e6:9.2f} {said['disk'] / 1e6:7.2f}",
+                f"{name:8} {stage:13} {found['seconds']:8.1f} {said['seconds']:8.1f} {host:8.0f} {host_said:8.0f} "
+                f"{row['host_off']:+8.0%} {disk_:8.2f} {disk_said:8.2f}",
                 flush=True,
             )
     from kvcalib.evaluation.provenance import machine, now, versions

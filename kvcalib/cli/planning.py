@@ -42,7 +42,9 @@ def print_estimate(estimate: Estimate) -> None:
         + f", {size(machine.disk)} of disk free in {estimate.folder}",
     ]
     if plan.processes > 1:
-        lines.insert(1, f"{plan.processes} processes, {plan.local} on this machine; memory of a stage is of one of them")
+        lines.insert(
+            1, f"{plan.processes} processes, {plan.local} on this machine; memory of a stage is of one of them"
+        )
     for line in lines:
         out_console.print(line, highlight=False)
     if estimate.host > machine.host_free:

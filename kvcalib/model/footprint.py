@@ -14,7 +14,6 @@ from kvcalib.errors import InputError
 from kvcalib.model.loading import resolve
 from kvcalib.model.selftest import attention_layers
 
-
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configs call the number of experts of a layer."""
 

@@ -1,17 +1,18 @@
 """What each stage takes, from a model's dimensions alone: seconds, host and device memory, disk.
 
-Sizes of files and of tensors follow from shapes; what does not (an interpreter with torch, how much of a processor's
-peak a pass reaches) is in `Constants`, fitted by `bench/scale.py` and checked there on models that it was not fitted to.
-`docs/scale.md` has the model in formulas, the measurements, and what large models take.
+Sizes of files and of tensors follow from shapes. What does not (an interpreter with torch, how much of a processor's
+peak a pass reaches) is in `Constants`, fitted by `bench/scale.py` and checked there on a model that it was not fitted
+to. `docs/scale.md` has the model in formulas, the measurements, and what large models take.
 
 n tokens of a batch go through L layers of E hidden and I inner elements, Hq query heads and H kv heads of D elements,
 and V rows of the output. The pass keeps for its way back, in elements per token: `L (2 E + 3 I + 2 Hq D + Hq + 2 H D)`,
-and three times V around the loss. Weights are frozen, so none of their inputs is kept. Checkpointed, E per layer and the
-above of one layer remain.
+and three times V around the loss. Weights are frozen, so none of their inputs is kept. Checkpointed, E per layer and
+the above of one layer remain.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kvcalib.calibration.attention import BLOCK
@@ -42,7 +43,7 @@ class Constants:
         start: seconds until a command begins with its work. proof: forward passes of a few tokens before it.
         fit_host: bytes for each sampled element of a layer while it is fitted. fit: core-seconds for each.
         ladder: core-seconds to fit one channel's codebooks of all widths.
-        evaluate_slack: as `pass_slack`, of an evaluation. packed: seconds of a pass on packed storage over an exact one.
+        evaluate_slack: as `pass_slack`, of an evaluation. packed: a pass on packed storage over an exact one, seconds.
     """
 
     host: float = 420e6
@@ -176,13 +177,20 @@ def pass_flops(plan: Plan, tokens: float) -> float:
     return tokens * (2.0 * m.active + 2.0 * m.depth * m.query_heads * m.head_dim * plan.fisher.seq_len)
 
 
+def _share(samples: int, rows: int, processes: int) -> int:
+    """Sequences of the process that has the most, in batches of `rows`."""
+    batches = math.ceil(samples / rows)
+    return math.ceil(batches / processes) * rows
+
+
 def fisher_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     """Forward, back (activations only: as much again, attention two and a half times), and again if checkpointed."""
     m, batch = plan.model, plan.rows * plan.fisher.seq_len
-    batches = -(-plan.fisher.samples // plan.rows)
-    share = -(-batches // plan.processes) * batch  # tokens of the process that has the most
+    share = _share(plan.fisher.samples, plan.rows, plan.processes) * plan.fisher.seq_len
     again = 1 if batch > CHECKPOINT_TOKENS else 0
-    flops = pass_flops(plan, share) * (2 + again) + share * 3.0 * m.depth * m.query_heads * m.head_dim * plan.fisher.seq_len
+    flops = (
+        pass_flops(plan, share) * (2 + again) + share * 3.0 * m.depth * m.query_heads * m.head_dim * plan.fisher.seq_len
+    )
     weights = share * m.depth * m.query_heads * plan.fisher.seq_len / 2 * FLOAT
     seconds = flops / (rates.flops * c.matmul) + c.elementwise * weights / rates.copied
     seconds += c.start + m.parameters * m.stored / rates.copied + c.proof
@@ -232,7 +240,7 @@ def evaluate_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     """One exact pass and one on packed storage for every sequence, and logits of both side by side."""
     m, e = plan.model, plan.evaluate
     rows = e.batch_size or max(1, 2048 // e.seq_len)
-    tokens = -(-(-(-e.samples // rows)) // plan.processes) * rows * e.seq_len
+    tokens = _share(e.samples, rows, plan.processes) * e.seq_len
     flops = tokens * (2.0 * m.active + 2.0 * m.depth * m.query_heads * m.head_dim * e.seq_len)
     seconds = c.start + c.proof + m.parameters * m.stored / rates.copied
     seconds += (1 + c.packed) * flops / (rates.flops * c.matmul)

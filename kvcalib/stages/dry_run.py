@@ -26,6 +26,7 @@ from kvcalib.stages.fit_nuq import FitNuqSettings
 
 PROBE_SECONDS = 0.2
 PROBE_SIDE, PROBE_ELEMENTS = 1024, 1 << 24
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ class Estimate:
             )
         if self.host > machine.host:
             worst = max(self.costs, key=lambda cost: cost.host).stage
-            remedy = _smaller(plan) if worst == "fisher" and saved_bytes(plan) > weight_bytes(plan) else (
-                "fewer processes on this machine" if plan.local > 1 else "a machine with more, or --device map"
+            remedy = (
+                _smaller(plan)
+                if worst == "fisher" and saved_bytes(plan) > weight_bytes(plan)
+                else ("fewer processes on this machine" if plan.local > 1 else "a machine with more, or --device map")
             )
             raise DoesNotFit(
                 f"host memory: this machine has {size(machine.host)}, {worst} takes {size(self.host)} "
@@ -195,9 +198,8 @@ def machine(device: torch.device, folder: Path) -> Machine:
 
 def _contained(total: float, available: float) -> tuple[float, float]:
     """Host memory, and what is free of it, within the limit of a container (cgroup version 2) if there is one."""
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (float((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (float((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):  # no such file, or "max"
         return float(total), float(available)
     return min(total, limit), min(available, max(0.0, limit - used))
