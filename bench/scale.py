@@ -2,6 +2,7 @@
 
     python bench/scale.py                 # measure, compare, write bench/results/scale.json
     python bench/scale.py --only demo,small --stages fisher
+    python bench/scale.py --plan          # what large models would take on GPUs, by the model alone
 
 Every stage runs as its own process, by the command line, on random Llamas made here; host memory is the kernel's
 figure of the process's peak. The constants of `stages/cost_model.py` were fitted to the models of FITTED; the model of
@@ -58,6 +59,42 @@ print(json.dumps({"costs": {c.stage: dataclasses.asdict(c) for c in found.costs}
                   "rates": dataclasses.asdict(found.rates), "parameters": found.plan.model.parameters}))
 """
 
+LARGE = {  # hidden, inner, layers, query heads, kv heads, vocabulary; heads of 128, output and embeddings apart
+    "8B": (4096, 14336, 32, 32, 8, 128256),
+    "70B": (8192, 28672, 80, 64, 8, 128256),
+    "405B": (16384, 53248, 126, 128, 8, 128256),
+}
+ASSUMED = {"flops": 989e12, "share": 0.4, "copied": 1.5e12, "cores": 32, "gpu": 80e9}
+"""An H100's published rate for dense bfloat16, of which a pass is taken to reach 40 %; nothing here was measured."""
+PLAN = """
+import json, math, sys, tempfile
+from pathlib import Path
+from transformers import LlamaConfig
+from kvcalib.cli.planning import duration
+from kvcalib.model.footprint import dimensions
+from kvcalib.report.words import size
+from kvcalib.stages.cost_model import Constants, Plan, Rates, costs, sample_bytes, saved_bytes, sum_bytes, weight_bytes
+from kvcalib.stages.evaluate import EvalSettings
+from kvcalib.stages.fisher import FisherSettings
+from kvcalib.stages.fit_nuq import FitNuqSettings
+large, assumed = (json.loads(x) for x in sys.argv[1:])
+rates = Rates(assumed["flops"] * assumed["share"] / Constants().matmul, assumed["copied"], assumed["cores"])
+for name, (hidden, inner, layers, heads, kv_heads, vocabulary) in large.items():
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
+                         vocab_size=vocabulary, dtype="bfloat16", tie_word_embeddings=False)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        found = dimensions(folder)
+    p = Plan(found, FisherSettings(), FitNuqSettings(), EvalSettings(), found.layers, 2, True)
+    weights, pass_ = weight_bytes(p), saved_bytes(p) * Constants().pass_slack
+    gpus = math.ceil((weights + pass_) / (0.9 * assumed["gpu"]))
+    print(f"{name}: {size(weights)} of weights, {size(pass_)} for a pass of {p.rows * p.fisher.seq_len} tokens, "
+          f"{gpus} GPU(s) of {size(assumed['gpu'])}; sample {size(sample_bytes(p))}, sums {size(sum_bytes(p))}")
+    for cost in costs(p, rates):
+        print(f"  {cost.stage:13} {duration(cost.seconds):>8}  host {size(cost.host):>8}  disk {size(cost.disk):>8}")
+"""
+
 
 def commands(model: Path, run: Path, artifact: Path) -> dict[str, list[str]]:
     """Every stage as a user would start it."""
@@ -109,12 +146,26 @@ def child(code: str, *arguments: str) -> str:
     return done.stdout
 
 
+def plan() -> None:
+    """Tables of large models, on GPUs that are assumed and not measured."""
+    print(child(PLAN, json.dumps(LARGE), json.dumps(ASSUMED)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SHAPES), help="models, with commas between them")
     parser.add_argument("--stages", default=",".join(STAGES), help="the first few stages; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "bench/results/scale.json")
+    parser.add_argument("--plan", action="store_true", help="large models by the cost model; measures nothing")
     chosen = parser.parse_args()
+    if chosen.plan:
+        plan()
+    else:
+        measure(chosen)
+
+
+def measure(chosen: argparse.Namespace) -> None:
+    """Every stage of the chosen models, printed and written."""
     rows, stages = [], chosen.stages.split(",")
     titles = ("seconds", "said", "MB host", "said", "off", "MB disk", "said")
     print(f"{'model':8} {'stage':13} " + " ".join(f"{title:>8}" for title in titles))

@@ -46,9 +46,9 @@ class Constants:
         evaluate_slack: as `pass_slack`, of an evaluation. packed: a pass on packed storage over an exact one, seconds.
     """
 
-    host: float = 420e6
+    host: float = 740e6
     loading: float = 1.0
-    pass_slack: float = 1.0
+    pass_slack: float = 1.36
     matmul: float = 0.6
     elementwise: float = 12.0
     start: float = 6.0
@@ -136,9 +136,15 @@ def weight_bytes(plan: Plan) -> float:
     return float(plan.model.parameters * plan.dtype)
 
 
-def loading_bytes(plan: Plan, c: Constants) -> float:
-    """Of host memory while the checkpoint is read: weights, unless they go to a GPU, and mapped pages of the file."""
-    return weight_bytes(plan) * (not plan.on_gpu) + c.loading * plan.model.parameters * plan.model.stored
+def on_host(plan: Plan, beside: float, c: Constants) -> float:
+    """Of host memory for the model and `beside` it what a pass takes; on a GPU neither is there.
+
+    While a checkpoint is read its file is mapped, and pages of it that were looked at count as resident. On a GPU too,
+    but there nothing else is: the kernel takes them back when it needs to.
+    """
+    if plan.on_gpu:
+        return 0.0
+    return weight_bytes(plan) + max(c.loading * plan.model.parameters * plan.model.stored, beside)
 
 
 def saved_bytes(plan: Plan) -> float:
@@ -195,10 +201,10 @@ def fisher_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     seconds = flops / (rates.flops * c.matmul) + c.elementwise * weights / rates.copied
     seconds += c.start + m.parameters * m.stored / rates.copied + c.proof
     pass_ = saved_bytes(plan) * c.pass_slack
-    host = c.host + max(loading_bytes(plan, c), weight_bytes(plan) * (not plan.on_gpu) + pass_ * (not plan.on_gpu))
+    host = c.host + on_host(plan, pass_, c) + sum_bytes(plan)
     device = (weight_bytes(plan) + pass_) if plan.on_gpu else 0.0
     disk = sample_bytes(plan) + sum_bytes(plan)
-    return Cost("fisher", seconds, host + sum_bytes(plan), device, disk, disk + sum_bytes(plan) * plan.processes)
+    return Cost("fisher", seconds, host, device, disk, disk + sum_bytes(plan) * plan.processes)
 
 
 def ladders(plan: Plan) -> int:
@@ -212,8 +218,7 @@ def ladders(plan: Plan) -> int:
 
 def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     """Layers in parallel over cores and processes; each worker holds its layer's sample in double precision."""
-    cores = max(1, rates.cores // plan.local)
-    workers = min(cores, len(plan.layers)) or 1
+    workers = max(1, min(rates.cores // plan.local, len(plan.layers)))
     layer = max((heads * head_dim for heads, head_dim, _ in plan.layers.values()), default=0)
     work = ladders(plan) * (c.ladder + plan.kept * c.fit)
     seconds = c.start + work / (workers * plan.processes)
@@ -224,8 +229,9 @@ def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
 def small_costs(plan: Plan, rates: Rates, c: Constants) -> list[Cost]:
     """Friendliness, allocate and build: a layer at a time, or tables without tokens."""
     layer = max((heads * head_dim for heads, head_dim, _ in plan.layers.values()), default=0)
-    one = c.host + layer * plan.kept * c.fit_host
-    look = 2 * plan.elements * plan.kept * c.fit
+    workers = max(1, min(rates.cores, len(plan.layers)))
+    one = c.host + workers * layer * plan.kept * c.fit_host
+    look = 2 * plan.elements * plan.kept * c.fit / workers
     widths = 2.0 * plan.elements
     # Three bits on average: 2^3 centroids, and tables of a width, word, shifts and weight for every channel.
     artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT)
@@ -247,5 +253,5 @@ def evaluate_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     logits = rows * e.seq_len * m.vocabulary * (plan.dtype + 3 * FLOAT)
     cache = rows * e.seq_len * 2 * plan.elements * plan.dtype
     pass_ = (logits + cache) * c.evaluate_slack
-    host = c.host + max(loading_bytes(plan, c), (weight_bytes(plan) + pass_) * (not plan.on_gpu))
+    host = c.host + on_host(plan, pass_, c)
     return Cost("eval", seconds, host, (weight_bytes(plan) + pass_) if plan.on_gpu else 0.0, 1e5)

@@ -39,9 +39,15 @@ def test_peak_memory_is_within_a_quarter_on_two_sizes(tmp_path):
         folder = tmp_path / name
         LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv_heads, head_dim=64, vocab_size=vocabulary, max_position_embeddings=512,
-            )  # fmt: skip
+                hidden_size=hidden,
+                intermediate_size=inner,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=64,
+                vocab_size=vocabulary,
+                max_position_embeddings=512,
+            )
         ).save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / file).write_bytes((Path(MODEL_DIR) / file).read_bytes())
