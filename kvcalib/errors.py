@@ -45,6 +45,12 @@ class ArtifactMismatch(KvcalibError):
     exit_code = 3
 
 
+class DoesNotFit(KvcalibError):
+    """The work takes more memory or disk than there is."""
+
+    exit_code = 3
+
+
 class FolderInUse(KvcalibError):
     """The output folder holds another run, another artifact or something that is not ours."""
 

@@ -34,6 +34,7 @@ from kvcalib.cli.options import (
     SinksOption,
     ValueBitsOption,
 )
+from kvcalib.cli.planning import print_estimate
 from kvcalib.cli.tables import (
     print_allocated,
     print_allocation,
@@ -159,7 +160,7 @@ def run(
 @app.command()
 def fisher(
     model: ModelArgument,
-    run: RunOption,
+    run: RunOption = None,
     data: DataOption = "builtin",
     samples: Annotated[int, typer.Option(min=1, help="Sequences.")] = 16,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 2048,
@@ -177,6 +178,9 @@ def fisher(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what this and all later stages will take; reads the config only.")
+    ] = False,
 ) -> None:
     """Fisher information of pre-RoPE keys and of values, and all other statistics, from text."""
     with errors():
@@ -189,6 +193,15 @@ def fisher(
             device=device, max_memory=max_memory, offload=offload, batch_size=batch_size, window=window, seed=seed,
             revision=revision, trust_remote_code=trust_remote_code, sliding=sliding,
         )  # fmt: skip
+        if dry_run:
+            from kvcalib.stages import dry_run as planning
+
+            estimate = planning.run(model, settings, run or Path())
+            print_estimate(estimate)
+            estimate.check()
+            return
+        if run is None:
+            raise InputError("--run is missing: give a folder for the run, or --dry-run to see what it will take")
         from kvcalib import launch
         from kvcalib.model.loading import load_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 BUDGET_HELP = "Budget in effective bits, every byte counted, such as 2.5: a width for every channel."
-RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run; each stage reads and writes there.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Folder of the run; each stage reads and writes there.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run (`kvcalib fisher --run`).", metavar="RUN")]
 ModelArgument = Annotated[
     str, typer.Argument(help="Local folder, Hub id, or builtin (the demo model).", metavar="MODEL")
