@@ -3,6 +3,9 @@
 import gc
 import importlib
 import io
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,12 +55,17 @@ def folder(tmp_path_factory):
 
 def test_a_few_seconds_of_it(bench, folder):
     ways, modes = ["low", "adaptive"], ["greedy", "left-padded batch", "save and load"]
-    options = bench.arguments().parse_args(
-        ["--model", str(folder / "model"), "--run", str(folder), "--minutes", "0.02", "--rounds", "3",
-         "--threads", "1", "--every", "1",
-         "--parts", "run", "--ways", *ways, "--modes", *modes]
+    written = folder / "soak.json"
+    written.write_text('{"noise": {"cases": 6, "other_bits": []}}')
+    # As it is used: in a process of its own, which has run nothing before.
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "soak.py"), "--model", str(folder / "model"), "--run", str(folder),
+         "--minutes", "0.02", "--rounds", "3", "--threads", "1", "--every", "1", "--json", str(written),
+         "--parts", "run", "--ways", *ways, "--modes", *modes],
+        cwd=BENCH.parent, env=os.environ | {"PYTHONPATH": str(BENCH.parent)}, capture_output=True, text=True,
     )  # fmt: skip
-    whole = bench.soak(options, {"noise": {"cases": 6, "other_bits": []}})
+    assert done.returncode == 0, done.stderr
+    whole = json.loads(written.read_text())
     body = whole["run"]
     assert body["cases"] == 6
     assert body["operations"] == sum(body["by_mode"].values()) > 0

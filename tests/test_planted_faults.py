@@ -22,6 +22,7 @@ from kvcalib.evaluation.failures import Failures
 from kvcalib.evaluation.recall import make_plants, measure_recall
 from kvcalib.model.loading import load_model, load_tokenizer
 from kvcalib.model.text import token_sequences
+from kvcalib.quant.codebook import Codebook
 from tests.copying import copying_llama
 from tests.tiny import make_artifact
 
@@ -39,7 +40,7 @@ def turned_by_one(layer):
 def heads_swapped(layer):
     key = layer.quantizers["key"]
     other = [1, 0, *range(2, len(key.codebook.centroids))]
-    wrong = replace(key, codebook=replace(key.codebook, centroids=key.codebook.centroids[other]))
+    wrong = replace(key, codebook=Codebook(key.codebook.widths, key.codebook.centroids[other]))
     view = layer.view
     layer.view = lambda count, positions: replace(view(count, positions), key=wrong)
 

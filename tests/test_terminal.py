@@ -55,6 +55,11 @@ def test_other_errors_are_not_hidden():
 
 def test_asked_to_end(capsys):
     before = signal.getsignal(signal.SIGTERM)
-    assert said(capsys, lambda: os.kill(os.getpid(), signal.SIGTERM)) == (143, "error: ended by a signal (SIGTERM)")
-    assert said(capsys, lambda: os.kill(os.getpid(), signal.SIGINT)) == (130, "error: interrupted")
+    # Tests that were started in the background of a shell are deaf to Ctrl-C.
+    deaf = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert said(capsys, lambda: os.kill(os.getpid(), signal.SIGTERM)) == (143, "error: ended by a signal (SIGTERM)")
+        assert said(capsys, lambda: os.kill(os.getpid(), signal.SIGINT)) == (130, "error: interrupted")
+    finally:
+        signal.signal(signal.SIGINT, deaf)
     assert signal.getsignal(signal.SIGTERM) == before

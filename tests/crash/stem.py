@@ -217,6 +217,8 @@ def _child(request: dict[str, Any], shared: mmap.mmap) -> None:
         if "work" in request:
             Watch(work, shared, request.get("snapshots"), request.get("die"))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+        # Tests that were started in the background of a shell are deaf to it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         _command().main(args=request["args"], prog_name="kvcalib")
     except SystemExit as ended:

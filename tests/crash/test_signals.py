@@ -14,13 +14,16 @@ CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "SIGTERM")}
 def test_asked_to_end(road, stage, number):
     draw, quiet = random.Random(stage), road.ended[stage]
     code, said = CODES[number]
-    met = 0
-    for attempt in range(12):
+    met, longest = 0, quiet.seconds
+    for attempt in range(40):
         road.put(f"before {stage}")
         start = quiet.operations[0][0] if attempt % 2 else 0.0
-        ended = road.run(stage, after=draw.uniform(start, quiet.seconds), signal=number)
-        if ended.code == 0 or (ended.code == 143 and not ended.err):
-            continue  # this time it was faster, or the command had not begun
+        ended = road.run(stage, after=draw.uniform(min(start, longest), longest), signal=number)
+        if ended.code == 0:
+            longest = min(longest, ended.seconds)  # this time it was faster: the machine has less to do than before
+            continue
+        if ended.code == 143 and not ended.err:
+            continue  # the command had not begun
         assert ended.code == code, f"exit code {ended.code}: {ended.err}"
         assert len(ended.messages) == 1, ended.err
         assert said in ended.messages[0], ended.err

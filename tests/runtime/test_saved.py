@@ -295,7 +295,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvcalib.files.save_file", full)
+    monkeypatch.setattr("kvcalib.files.os.fsync", full)
     with pytest.raises(InputError, match=r"prompt\.safetensors: the disk is full"):
         cache.save(path)
     assert path.read_bytes() == before

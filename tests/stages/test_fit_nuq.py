@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kvcalib.errors import InputError, NonFiniteActivations
+from kvcalib.errors import CorruptFile, InputError
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import build, fit_nuq, friendliness
 from kvcalib.stages.fit_nuq import Choices, Codebooks, FitNuqSettings, Option
@@ -78,7 +78,7 @@ def test_nan_in_a_calibration_names_layer_and_stage(tmp_path):
     record.tensors["layers.1.sample.value"][0, 0, 0] = float("nan")
     record.save(run.file(CALIBRATION))
     run.finish("fisher", {"seed": 0}, [CALIBRATION])
-    with pytest.raises(NonFiniteActivations, match=r"fit-nuq: layer 1: the calibration's values"):
+    with pytest.raises(CorruptFile, match=r"layers\.1\.sample\.value holds NaN or infinity"):
         fit_nuq.run(run, FitNuqSettings())
     assert run.record("fit-nuq") is None
 

@@ -129,6 +129,23 @@ def context():
     return found
 
 
+def together(context, home, folders):
+    """Everything by as many processes as folders."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank, folder in enumerate(folders):
+        ours, theirs = context.Pipe(duplex=False)
+        given = (rank, len(folders), port, str(home), str(folder), theirs)
+        started.append((context.Process(target=_start, args=given), ours))
+        started[-1][0].start()
+        theirs.close()
+    assert [ours.recv() for _, ours in started] == ["done"] * len(folders)
+    for process, _ in started:
+        process.join()
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Model, text and a run that is calibrated."""
@@ -142,10 +159,10 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(home):
-    """Everything by this process."""
+def one(home, context):
+    """Everything by one process, as new as those of the launches: this one has run other tests before."""
     shutil.copytree(home / "calibrated", home / "one" / "run")
-    everything(home, home / "one", launch.Launch())
+    together(context, home, [home / "one"])
     return home / "one"
 
 
@@ -155,19 +172,7 @@ def many(request, context, home):
     size, apart = LAUNCHES[request.param]
     folders = [home / request.param / (str(rank) if apart else "0") for rank in range(size)]
     shutil.copytree(home / "calibrated", folders[0] / "run")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank, folder in enumerate(folders):
-        ours, theirs = context.Pipe(duplex=False)
-        given = (rank, size, port, str(home), str(folder), theirs)
-        started.append((context.Process(target=_start, args=given), ours))
-        started[-1][0].start()
-        theirs.close()
-    assert [ours.recv() for _, ours in started] == ["done"] * size
-    for process, _ in started:
-        process.join()
+    together(context, home, folders)
     return folders[0]
 
 
