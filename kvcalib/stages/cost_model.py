@@ -35,25 +35,30 @@ class Constants:
     """What was fitted; see `bench/scale.py`.
 
     Attributes:
-        host: resident bytes of a process with torch and transformers that has loaded no model.
+        host: resident bytes of a process that runs a model, without the model and its pass. offline: of one that fits
+            codebooks. planning: of one that gives out bits, or builds.
         loading: of a checkpoint's bytes, the share that is resident beside the weights while they are loaded.
         pass_slack: resident bytes over the bytes of the tensors that a pass keeps.
         matmul: of the probe's matrix product rate, the share that a pass reaches.
         elementwise: passes over the attention weights, at the probe's rate of copying.
         start: seconds until a command begins with its work. proof: forward passes of a few tokens before it.
-        fit_host: bytes for each sampled element of a layer while it is fitted. fit: core-seconds for each.
+        fit_host, look_host: bytes for each sampled element of a layer while it is fitted, and looked at later. fit:
+            core-seconds for each.
         ladder: core-seconds to fit one channel's codebooks of all widths.
         evaluate_slack: as `pass_slack`, of an evaluation. packed: a pass on packed storage over an exact one, seconds.
     """
 
     host: float = 740e6
+    offline: float = 500e6
+    planning: float = 670e6
     loading: float = 1.0
     pass_slack: float = 1.36
     matmul: float = 0.6
     elementwise: float = 12.0
     start: float = 6.0
     proof: float = 2.0
-    fit_host: float = 60.0
+    fit_host: float = 95.0
+    look_host: float = 32.0
     fit: float = 4e-7
     ladder: float = 0.01
     evaluate_slack: float = 1.0
@@ -223,22 +228,22 @@ def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     work = ladders(plan) * (c.ladder + plan.kept * c.fit)
     seconds = c.start + work / (workers * plan.processes)
     disk = float(ladders(plan) * (LADDER + MAX_BITS + 1) * FLOAT + 2 * plan.elements * FLOAT)
-    return Cost("fit-nuq", seconds, c.host + workers * layer * plan.kept * c.fit_host, 0.0, disk, disk)
+    return Cost("fit-nuq", seconds, c.offline + workers * layer * plan.kept * c.fit_host, 0.0, disk, disk)
 
 
 def small_costs(plan: Plan, rates: Rates, c: Constants) -> list[Cost]:
     """Friendliness, allocate and build: a layer at a time, or tables without tokens."""
     layer = max((heads * head_dim for heads, head_dim, _ in plan.layers.values()), default=0)
     workers = max(1, min(rates.cores, len(plan.layers)))
-    one = c.host + workers * layer * plan.kept * c.fit_host
+    one = workers * layer * plan.kept * c.look_host
     look = 2 * plan.elements * plan.kept * c.fit / workers
     widths = 2.0 * plan.elements
     # Three bits on average: 2^3 centroids, and tables of a width, word, shifts and weight for every channel.
     artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT)
     return [
-        Cost("friendliness", c.start + 4 * look, one, 0.0, 1e5),
-        Cost("allocate", c.start + look, one + 9 * 8 * ladders(plan), 0.0, widths + 1e5),
-        Cost("build", c.start + 4 * look, one + artifact, 0.0, float(artifact)),
+        Cost("friendliness", c.start + 4 * look, c.offline + one, 0.0, 1e5),
+        Cost("allocate", c.start + look, c.planning + one + 9 * 8 * ladders(plan), 0.0, widths + 1e5),
+        Cost("build", c.start + 4 * look, c.planning + one + artifact, 0.0, float(artifact)),
     ]
 
 
