@@ -86,6 +86,8 @@ class Estimate:
                 f"{self.folder}: {size(machine.disk)} of disk are free, the run takes {size(self.disk)}; choose "
                 "another folder, or a smaller --keep-tokens"
             )
+        if plan.fisher.device == "map":
+            return  # weights go to where there is room, to disk if need be
         if plan.on_gpu and self.device > machine.device:
             remedy = "give --device map to spread the model over all devices"
             if saved_bytes(plan) > weight_bytes(plan):

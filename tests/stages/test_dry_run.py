@@ -102,6 +102,12 @@ def test_what_does_not_fit_is_refused_with_a_remedy(tmp_path):
         dataclasses.replace(on_gpu, machine=dataclasses.replace(room, device=80e9, device_name="H100")).check()
 
 
+def test_a_model_that_is_spread_is_not_refused_for_its_weights(tmp_path):
+    found = dry_run.run(large(tmp_path), SETTINGS.model_copy(update={"device": "map"}), tmp_path)
+    small = dataclasses.replace(found.machine, host=64e9, disk=1e12)
+    dataclasses.replace(found, machine=small).check()
+
+
 def test_large_batches_are_the_remedy_where_they_are_the_reason(tmp_path):
     settings = FisherSettings(samples=64, seq_len=4096, batch_size=64)
     found = dry_run.run("builtin", settings, tmp_path)
