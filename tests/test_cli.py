@@ -485,9 +485,9 @@ def test_truncated_files_of_a_run(run, tmp_path):
 
 def test_manifest_of_an_unknown_version(artifact, model, data):
     path = artifact / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 4'))
     for command in (("verify", artifact), ("inspect", artifact), ("eval", artifact, "--model", model, "--data", data)):
-        refused(2, r"manifest\.json: format_version is 3, this kvcalib reads 2", *command)
+        refused(2, r"manifest\.json: format_version is 4, this kvcalib reads 3", *command)
 
 
 def test_verify_names_the_altered_file(artifact):

@@ -88,7 +88,7 @@ Text: {plain(without_folders(source.data))}; {source.sequences} sequences of {so
 {source.tokens} tokens in all, {source.sampled_tokens} of them kept whole, seed {source.seed}. NLL of the unquantized
 model on it: {source.nll:.4f} nats per token.
 Codebooks: weights {fit.weights}, keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver}
-solver, Q-Norm {"on" if fit.qnorm else "off"}.""",
+solver, Q-Norm {"on" if fit.qnorm else "off"}. Error feedback: {"on" if manifest.feedback else "off"}.""",
         """## Limits
 
 - It fits one model's weights. Fine-tuned or differently scaled ones load with a warning; measure before you trust it.

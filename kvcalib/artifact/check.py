@@ -17,6 +17,8 @@ from kvcalib.quant.packing import MAX_BITS, MAX_PLANES, Layout, check_widths
 from kvcalib.untrusted import shown
 
 DTYPES = {"widths": "uint8", "codebook": "float32", "word": "int16", "shift": "uint8", "weight": "float32"}
+FEEDBACK, LARGEST_FEEDBACK = "feedback", 65504.0
+"""The tensor of a role with error feedback. The targets that it makes stay far from float32's limits."""
 ROLES = ("key", "value")
 MOST_WORDS = MOST_ELEMENTS = 1 << 15
 """Words of a row and elements of a group of outliers: what an int16 can name."""
@@ -26,7 +28,12 @@ LARGEST_CENTROID = 65504.0
 
 def check_manifest(manifest: Manifest) -> None:
     """ValueError, naming the field, unless layers are in order and `tensors` lists what they need, shapes that fit."""
-    expected = {f"layers.{s.index}.{role}.{name}" for s in manifest.layers for role in ROLES for name in DTYPES}
+    expected = {
+        f"layers.{layer.index}.{role}.{name}"
+        for layer in manifest.layers
+        for role in ROLES
+        for name in (*DTYPES, *([FEEDBACK] if role_of(layer, role).feedback else []))
+    }
     for name in sorted(expected ^ set(manifest.tensors)):
         raise ValueError(f"tensors: {shown(name)} is " + ("missing" if name in expected else "none that a layer has"))
     before = -1
@@ -53,6 +60,8 @@ def _check_spec(where: str, spec: TensorSpec) -> None:
         raise ValueError(f"{where}: a group has {elements} elements, expected at most {MOST_ELEMENTS}")
     if spec.outliers >= elements:
         raise ValueError(f"{where}.outliers is {spec.outliers}, expected less than the {elements} elements of a group")
+    if spec.feedback and spec.head_dim < 2:
+        raise ValueError(f"{where}.feedback is true, expected false with one channel a head: there is no other one")
     if spec.words > min(MOST_WORDS, MAX_PLANES * spec.kv_heads * spec.head_dim):
         raise ValueError(f"{where}.words is {spec.words}, expected at most {MOST_WORDS}, and a field in each")
 
@@ -68,6 +77,13 @@ def _check_records(where: str, spec: TensorSpec, records: dict[str, TensorRecord
     for name, expected in (("widths", plane), ("weight", plane), ("word", tables), ("shift", tables)):
         if found[name].shape != expected:
             raise ValueError(f"tensors: {where}.{name}.shape is {shown(found[name].shape)}, expected {expected}")
+    if spec.feedback:
+        record = records[f"{where}.{FEEDBACK}"]
+        triangle = [spec.kv_heads, spec.head_dim * (spec.head_dim - 1) // 2]
+        if record.dtype != "float32" or record.shape != triangle:
+            raise ValueError(
+                f"tensors: {where}.{FEEDBACK} is {record.dtype} {shown(record.shape)}, expected float32 {triangle}"
+            )
     channels, shape = math.prod(plane), found["codebook"].shape
     if len(shape) != 1 or not channels <= shape[0] <= channels << MAX_BITS:
         raise ValueError(f"tensors: {where}.codebook.shape is {shown(shape)}, expected one number from {channels} on")
@@ -90,6 +106,10 @@ def check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
                 raise ValueError(f"{where}: {error}") from None
             if not bool((torch.isfinite(named["weight"]) & (named["weight"] >= 0)).all()):
                 raise ValueError(f"{where}: weight holds numbers that are not finite or below 0")
+            if spec.feedback and not bool(
+                (tensors[f"layers.{layer.index}.{role}.{FEEDBACK}"].abs() <= LARGEST_FEEDBACK).all()
+            ):
+                raise ValueError(f"{where}: feedback holds numbers that are not finite or beyond {LARGEST_FEEDBACK:g}")
 
 
 def _check_codebook(ragged: np.ndarray, widths: Tensor) -> None:

@@ -19,7 +19,7 @@ from kvcalib.quant.codebook import Format
 from kvcalib.quant.packing import Segment
 from kvcalib.quant.quantizer import Scope
 
-FORMAT_VERSION: Literal[2] = 2
+FORMAT_VERSION: Literal[3] = 3
 _HEX = r"^[0-9a-f]{64}$"
 Sha256 = Annotated[str, Field(pattern=_HEX)]
 LARGEST = (1 << 53) - 1
@@ -84,8 +84,9 @@ class TensorSpec(Record):
     )
     scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
     outliers: Count = Field(description="Exact elements per group and token.")
+    feedback: bool = Field(description="Whether codes are chosen with error feedback.")
     mean_bits: float = Field(ge=0, le=8, description="Mean code width of the channels.")
-    predicted_loss: float = Field(ge=0, description="Half of sum F (x - x^)^2, nats per token, on the sample.")
+    predicted_loss: float = Field(ge=0, description="Half of sum F (x - x^)^2 by nearest rounding, nats per token.")
 
 
 class Friendliness(Record):
@@ -159,7 +160,7 @@ class Manifest(Record):
     """`manifest.json`."""
 
     format: Literal["kvcalib-artifact"] = "kvcalib-artifact"
-    format_version: Literal[2] = FORMAT_VERSION
+    format_version: Literal[3] = FORMAT_VERSION
     producer: Producer
     model: ModelIdentity
     calibration: Calibration
@@ -177,6 +178,11 @@ class Manifest(Record):
             if layer["friendliness"] is not None:
                 layer["friendliness"] = {n: v for n, v in layer["friendliness"].items() if v is not None}
         return _render({**body, "digest": hashlib.sha256(_render(body)).hexdigest()})
+
+    @property
+    def feedback(self) -> bool:
+        """Whether any codes are chosen with error feedback."""
+        return any(spec.feedback for layer in self.layers for spec in (layer.key, layer.value))
 
     @property
     def mean_bits(self) -> tuple[float, float]:

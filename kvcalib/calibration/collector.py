@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcalib.calibration.attention import BlockAttention, Drawn, drawn_attention
 from kvcalib.calibration.part import Part
-from kvcalib.calibration.statistics import LayerShape, norm_histogram
+from kvcalib.calibration.statistics import LayerShape, lower_triangle, norm_histogram
 from kvcalib.calibration.sums import Sums
 from kvcalib.errors import NonFiniteActivations
 from kvcalib.model.angles import pair_up, signed_partners
@@ -118,10 +118,13 @@ class Collector:
         return kept.to(torch.bfloat16)
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
-        fisher = gradient.detach().float().square()
+        raw = gradient.detach().float()
+        fisher = raw.square()
         total = fisher.sum((0, 2), dtype=torch.float64)
         self._check(layer, "backward pass", f"gradient of the {role}", total)
         self.sums.add(f"layers.{layer}.{role}.fisher_sum", total)
+        outer = (raw.transpose(2, 3) @ raw).double().sum(0)
+        self.sums.add(f"layers.{layer}.{role}.fisher_outer", lower_triangle(outer))
         self._keep(f"layers.{layer}.sample.{role}_fisher", fisher.transpose(1, 2))
 
     def _check(self, layer: int, stage: str, what: str, total: Tensor) -> None:

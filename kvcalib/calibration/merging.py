@@ -114,7 +114,7 @@ class _Named(Mapping[str, Tensor]):
 
 def _check_alike(first_file: Path, first: Calibration, file: Path, other: Calibration) -> None:
     """InputError, naming what differs, if two records cannot be one."""
-    for name in ("seed", "keep_tokens", "window", "seq_len", "layers"):
+    for name in ("version", "seed", "keep_tokens", "window", "seq_len", "layers"):
         a, b = getattr(first.info, name), getattr(other.info, name)
         if name == "layers":
             a, b = ([(x.index, x.query_heads, x.kv_heads, x.head_dim, x.sliding, x.partner) for x in y] for y in (a, b))

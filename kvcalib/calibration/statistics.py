@@ -4,6 +4,8 @@ Everything adds up: `merging.merge` makes the record of several texts. Per layer
 heads, n kept tokens):
 
     layers.i.key.sum, .square_sum, .fisher_sum          [H, D]   (and layers.i.value.*)
+    layers.i.key.fisher_outer, .value.fisher_outer      [H, D (D + 1) / 2]  sum of g g^T over tokens, g = dL/dx of a
+                                                        key or value: the lower triangle, row by row
     layers.i.query.outer                                [H, D, D]  sum of q q^T over tokens and the group's heads
     layers.i.query.norm_histogram                       [Hq, 512]  counts of log2 |q|^2, see `NORM_BINS`
     layers.i.attention.peak_sum, .peak_square_sum       [H]      of the windowed maximum
@@ -28,6 +30,7 @@ limbs[1] 2^40 + limbs[2])`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +47,12 @@ from kvcalib.files import write_tensors
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.streamed import TensorFile
 
-VERSION = 5
-READABLE = (2, 3, 4, VERSION)
+VERSION = 6
+READABLE = (2, 3, 4, 5, VERSION)
 """Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
 4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need; files before version 5
-have float64 sums and no `sequences`, without which they cannot be merged."""
+have float64 sums and no `sequences`, without which they cannot be merged; files before version 6 lack `fisher_outer`,
+which only error feedback needs."""
 APART = " + "
 """Between the names of several texts."""
 NORM_BINS = 512
@@ -133,6 +137,13 @@ class Calibration:
         """Tensors of one layer, their names without `layers.{index}.`."""
         return Prefixed(self.tensors, f"layers.{index}.")
 
+    def curvature(self, index: int, role: str) -> Tensor | None:
+        """Mean over tokens of `g g^T` of one layer's keys or values, float64 `[H, D, D]`; None in an old file."""
+        data = self.layer(index)
+        if f"{role}.fisher_outer" not in data:
+            return None
+        return from_lower_triangle(data[f"{role}.fisher_outer"] / self.info.tokens)
+
     def save(self, path: Path, extra: Any = None) -> None:
         """Write the file atomically; the same record gives the same bytes."""
         write_tensors(path, self.stored, file_note(self.info, extra))
@@ -153,6 +164,21 @@ class Calibration:
 def file_note(info: CalibrationInfo, extra: Any = None) -> dict[str, Any]:
     """The metadata of a calibration file."""
     return {"info": info.model_dump(mode="json"), "extra": extra}
+
+
+def lower_triangle(square: Tensor) -> Tensor:
+    """`[..., D, D]` to `[..., D (D + 1) / 2]`: the diagonal and what lies below it, row by row."""
+    row, column = torch.tril_indices(*square.shape[-2:], device=square.device)
+    return square[..., row, column]
+
+
+def from_lower_triangle(triangle: Tensor) -> Tensor:
+    """The symmetric matrices of which `lower_triangle` kept the half."""
+    channels = math.isqrt(2 * triangle.shape[-1])
+    row, column = torch.tril_indices(channels, channels, device=triangle.device)
+    square = triangle.new_empty(*triangle.shape[:-1], channels, channels)
+    square[..., row, column] = square[..., column, row] = triangle
+    return square
 
 
 def norm_histogram(squared: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ SUMS, SAMPLES = (torch.float64,), (torch.float32,)
 CODES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Known = dict[str, tuple[tuple[torch.dtype, ...], str, bool]]
 """Name behind `layers.i.`: dtypes, shape in letters, whether negative numbers may occur. n kept tokens, H kv heads, Q
-query heads, D channels, B bins of a histogram."""
+query heads, D channels, T of half a matrix of them, B bins of a histogram."""
 KNOWN: Known = {
     **{f"{role}.sum": (SUMS, "HD", True) for role in ("key", "value")},
     **{f"{role}.{name}": (SUMS, "HD", False) for role in ("key", "value") for name in ("square_sum", "fisher_sum")},
@@ -48,6 +48,8 @@ SINCE_4: Known = {
     **{f"sample.attention_{name}": (SAMPLES, "nH", False) for name in ("early", "later_square")},
     "sample.attention_slope": ((torch.bfloat16,), "nHD", True),
 }
+SINCE_6: Known = {f"{role}.fisher_outer": (SUMS, "HT", True) for role in ("key", "value")}
+ALL = KNOWN | SINCE_4 | SINCE_6
 Specs = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
 SEQUENCES, NLL = "sequences", "nll"
 COLUMNS = ("sample.hash", "sample.sequence", "sample.position")
@@ -143,11 +145,14 @@ def check_specs(path: Path, info: CalibrationInfo, tensors: TensorFile) -> None:
 def _expected(info: CalibrationInfo, layer: LayerShape, kept: int, tensors: TensorFile) -> Specs:
     """Types and shapes of one layer's tensors, by name; sums in the form in which the file has them."""
     sizes = {"n": kept, "H": layer.kv_heads, "Q": layer.query_heads, "D": layer.head_dim, "B": 0}
+    sizes["T"] = layer.head_dim * (layer.head_dim + 1) // 2
     found: Specs = {}
-    for name, (dtypes, letters, _) in (KNOWN | SINCE_4).items():
+    for name, (dtypes, letters, _) in ALL.items():
         shape = tuple(sizes[letter] for letter in letters)
         full = f"layers.{layer.index}.{name}"
         if name in SINCE_4 and info.version < 4 and full not in tensors.specs:
+            continue
+        if name in SINCE_6 and info.version < 6:
             continue
         exact = dtypes is SUMS and full not in tensors.specs
         found |= _exact(full, shape) if exact else {full: (dtypes, shape)}
@@ -194,7 +199,7 @@ class Sound(Mapping[str, Tensor]):
         if top is not None and bool(((top < LOWEST) | (top > HIGHEST)).any()):
             raise CorruptFile(f"{self.path}: {name}{TOP} leaves {LOWEST}..{HIGHEST}, the bins of a float64; {AGAIN}")
         found = self.tensors[name]
-        _, _, negative = (KNOWN | SINCE_4).get(".".join(name.split(".")[2:]), ((), "", True))
+        _, _, negative = ALL.get(".".join(name.split(".")[2:]), ((), "", True))
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise CorruptFile(f"{self.path}: {name} holds NaN or infinity; {AGAIN}")
         if not negative and bool((found < 0).any()):

@@ -253,6 +253,9 @@ def fit_nuq(
     ] = "fisher_scale",
     qnorm: Annotated[bool, typer.Option(help="Give codebooks back the mean and spread that rounding takes.")] = True,
     solver: Annotated[str, typer.Option(help="exact, or lloyd (scikit-learn, as the papers).")] = "exact",
+    feedback: Annotated[
+        bool, typer.Option(help="Let each channel's rounding make up for the errors of others (docs/feedback.md).")
+    ] = True,
 ) -> None:
     """Codebooks by weighted k-means, and the predicted loss of every width of every channel."""
     with errors():
@@ -264,7 +267,7 @@ def fit_nuq(
         settings = make_settings(
             stage.FitNuqSettings, **uniform, granularity=granularity,
             value_granularity=value_granularity, value_scale=value_scale, outliers=outliers,
-            sinks=sinks, format=format, weights=weights, qnorm=qnorm, solver=solver,
+            sinks=sinks, format=format, weights=weights, qnorm=qnorm, solver=solver, feedback=feedback,
             **({} if choices is None else {"choices": stage.Choices() if choices else None}),
         )  # fmt: skip
         here = launch.here()

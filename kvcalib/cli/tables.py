@@ -86,6 +86,7 @@ def print_manifest(manifest: Manifest) -> None:
             "none" if asked is None else f"{asked.asked:g} effective bits, {asked.planned:.3f} in a long cache",
         ),
         ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
+        ("rounding", "with error feedback" if manifest.feedback else "to the nearest centroid"),
         (
             "exact",
             f"{exact_share(manifest)} % outliers, {manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",

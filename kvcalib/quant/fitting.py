@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvcalib.quant import kmeans, outliers
 from kvcalib.quant.codebook import LADDER, Codebook, Format, fixed_ladder, ladder_slice
+from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import MAX_BITS, Layout
 from kvcalib.quant.qnorm import match_moments
 from kvcalib.quant.quantizer import Quantizer, Scope
@@ -116,11 +117,13 @@ def make_quantizer(
     outlier_share: float,
     weight: Tensor,
     order: Tensor | None = None,
+    curvature: Tensor | None = None,
 ) -> Quantizer:
     """The quantizer with `widths [H, D]` bits per channel, codebooks picked from `ladders [H, D, 511]`.
 
     Args:
         order: `[D]`, the sequence in which a head's channels are laid out in a row; ascending if None.
+        curvature: `[H, D, D]` of the loss, for error feedback (`feedback.py`); None for nearest rounding.
     """
     elements = ladders.shape[1] if scope == "head" else ladders.shape[0] * ladders.shape[1]
     return Quantizer(
@@ -130,6 +133,7 @@ def make_quantizer(
         scope,
         outliers.outlier_count(outlier_share, elements),
         weight.float(),
+        None if curvature is None else Feedback.from_curvature(curvature, widths),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcalib.quant import outliers
 from kvcalib.quant.codebook import Codebook
+from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import Layout
 
 Scope = Literal["token", "head"]
@@ -37,6 +38,7 @@ class Quantizer:
         scope: what a group is: all heads of a token, or each head of a token.
         outliers: exact elements per group.
         weight: `[H, D]` float32, mean Fisher of each channel; the exact elements are those that save the most of it.
+        feedback: how a channel's rounding makes up for the errors of others; None for nearest rounding.
     """
 
     codebook: Codebook
@@ -45,6 +47,7 @@ class Quantizer:
     scope: Scope
     outliers: int
     weight: Tensor
+    feedback: Feedback | None = None
 
     @property
     def groups(self) -> int:
@@ -52,7 +55,10 @@ class Quantizer:
         return self.layout.widths.shape[0] if self.scope == "head" else 1
 
     def encode(self, x: Tensor, exact_dtype: torch.dtype) -> Rows:
-        """`x [N, H, D]` to rows; exact elements, zero and scale are kept in `exact_dtype` (2 bytes)."""
+        """`x [N, H, D]` to rows; exact elements, zero and scale are kept in `exact_dtype` (2 bytes).
+
+        Which elements are exact is decided by nearest rounding, with feedback too.
+        """
         x = x.float()
         grouped = x.reshape(x.shape[0], self.groups, -1)
         rows: Rows = {}
@@ -71,8 +77,26 @@ class Quantizer:
         if self.outliers:
             rows["outlier_value"] = saturate(grouped.gather(-1, index), exact_dtype)
             rows["outlier_index"] = index.to(self.index_dtype)
+        if self.feedback is not None:
+            codes = self.feedback.encode(self.codebook, x, codes, self._exact(x, index), self._grid(x, rows))
         rows["words"] = self.layout.pack(codes)
         return rows
+
+    def _exact(self, x: Tensor, index: Tensor) -> Tensor | None:
+        """Which elements of `x [N, H, D]` are those of `index [N, G, n]` in their groups; None if there are none."""
+        if not self.outliers:
+            return None
+        exact = torch.zeros(
+            (x.shape[0], self.groups, self.layout.widths.numel() // self.groups), dtype=torch.bool, device=x.device
+        )
+        return exact.scatter_(-1, index, True).view(x.shape)
+
+    def _grid(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """Zero and scale of every head `[N, H]` as they are stored; None for keys."""
+        if not self.relative:
+            return None
+        zero, scale = (rows[name].float().expand(x.shape[:2]) for name in ("zero", "scale"))
+        return zero, scale
 
     def decode(self, rows: Rows) -> Tensor:
         """Rows of N tokens back to float32 `[N, H, D]`."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcalib.quant.feedback_loop import nearest, round_head
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.native import place
 from kvcalib.runtime.native_loops import PLACE, pointer
@@ -26,9 +27,9 @@ FEW = 16
 DYNAMIC = ("x", "batch", "tokens", "bfloat", "heads", "copies", "residue",
            *(f"{name}{part}" for name in ("words", "index", "exact", "zero", "level") for part in PLACE))  # fmt: skip
 TABLES = ("relative", "count", "width", "groups", "elements", "centroids", "step", "middle", "levels", "fields",
-          "planes", "weight", "short")  # fmt: skip
+          "planes", "weight", "short", "order", "matrix")  # fmt: skip
 CALL = np.dtype([(name, np.int64) for name in DYNAMIC + TABLES])
-"""One call: counts, addresses, and steps in elements; "level" is the values' scale."""
+"""One call: counts, addresses, and steps in elements; "level" is the values' scale, "order" 0 without feedback."""
 _NAMES = {"words": "words", "index": "outlier_index", "exact": "outlier_value", "zero": "zero", "level": "scale"}
 _TABLES: WeakKeyDictionary[Quantizer, tuple[list[int], set[str], tuple[Tensor, ...]]] = WeakKeyDictionary()
 
@@ -91,13 +92,15 @@ def _tables(quantizer: Quantizer) -> tuple[list[int], set[str], tuple[Tensor, ..
         centroids, middle = (t.float().contiguous() for t in quantizer.codebook.tables(cpu))
         fields = torch.stack([t.to(torch.int32) for t in quantizer.layout.tables(cpu)]).contiguous()
         weight = quantizer.weight.float().flatten().contiguous()
+        feedback = () if quantizer.feedback is None else quantizer.feedback.tables(cpu)
         numbers = [
             int(quantizer.relative), quantizer.outliers, quantizer.layout.words, quantizer.groups,
             quantizer.layout.widths.numel() // quantizer.groups, centroids.data_ptr(), centroids.shape[1],
             middle.data_ptr(), middle.shape[1], fields.data_ptr(), fields.shape[1], weight.data_ptr(),
-            int(quantizer.index_dtype == torch.uint8),
+            int(quantizer.index_dtype == torch.uint8), *(t.data_ptr() for t in feedback or (torch.empty(0),) * 2),
         ]  # fmt: skip
-        kept = (numbers, set(quantizer.row_spec(exact_dtype=torch.float16)), (centroids, middle, fields, weight))
+        held = (centroids, middle, fields, weight, *feedback)
+        kept = (numbers, set(quantizer.row_spec(exact_dtype=torch.float16)), held)
         _TABLES[quantizer] = kept
     return kept
 
@@ -182,6 +185,9 @@ def _store(address: Any) -> None:
     left, size = np.empty(elements, np.float32), elements - count
     heads, dim = call.heads // groups, channels // call.heads
     residue = numba.carray(pointer(call.residue), (call.batch, call.tokens, call.heads, 2), dtype=np.float32)
+    order = numba.carray(pointer(call.order), (call.heads, dim), dtype=np.int64)
+    matrix = numba.carray(pointer(call.matrix), (call.heads, dim, dim), dtype=np.float32)
+    codes, target, is_exact = np.empty(channels, np.int32), np.empty(dim, np.float32), np.zeros(elements, np.bool_)
     for b in range(call.batch):
         for t in range(call.tokens):
             row = words[b * call.words_row + t * call.words_token :]
@@ -195,8 +201,8 @@ def _store(address: Any) -> None:
                     if count <= FEW:
                         _extremes(part, count, first, last)
                     else:
-                        order = np.argsort(part, kind="mergesort")
-                        first[:], last[:] = order[: count + 1], order[size - 1 :]
+                        ranked = np.argsort(part, kind="mergesort")
+                        first[:], last[:] = ranked[: count + 1], ranked[size - 1 :]
                     best, begin = part[last[0]] - part[first[0]], 0
                     for i in range(1, count + 1):
                         span = part[last[i]] - part[first[i]]
@@ -215,21 +221,10 @@ def _store(address: Any) -> None:
                 for e in range(elements):
                     c = group * elements + e
                     value = (part[e] - zero) / scale if call.relative else part[e]
-                    lower, upper = 0, call.levels
-                    while lower < upper:
-                        half = (lower + upper) // 2
-                        if middle[c, half] < value:
-                            lower = half + 1
-                        else:
-                            upper = half
-                    left[e] = part[e] - (zero + step * centroids[c, lower])
-                    error[e] = value - centroids[c, lower]
+                    code = nearest(middle[c], value)
+                    codes[c] = code
+                    error[e] = value - centroids[c, code]
                     error[e] = error[e] * error[e] * weight[c]
-                    for plane in range(call.planes):
-                        mask = fields[2, plane, c]
-                        if mask:
-                            code = (np.uint32(lower) >> fields[3, plane, c]) & mask
-                            row[fields[0, plane, c]] |= np.uint32(code << fields[1, plane, c])
                 if not call.relative:
                     for i in range(count):
                         worst = 0
@@ -249,9 +244,27 @@ def _store(address: Any) -> None:
                         else:
                             long = numba.carray(pointer(call.index), 1 << 40, dtype=np.int16)
                             long[to_index + i] = np.int16(chosen[i])
-                        bits = _narrow(part[chosen[i]], bfloat)
-                        exact[to_exact + i] = bits
-                        left[chosen[i]] = part[chosen[i]] - _widen(bits, bfloat)
+                        exact[to_exact + i] = _narrow(part[chosen[i]], bfloat)
+                if call.order:
+                    for i in range(count):
+                        is_exact[chosen[i]] = True
+                    for h in range(heads):
+                        its, mine = slice(h * dim, (h + 1) * dim), group * heads + h
+                        of = slice(mine * dim, (mine + 1) * dim)
+                        round_head(part[its], is_exact[its], call.relative, zero, step, centroids[of], middle[of],
+                                   order[mine], matrix[mine], target, codes[of])  # fmt: skip
+                    for i in range(count):
+                        is_exact[chosen[i]] = False
+                for e in range(elements):
+                    c = group * elements + e
+                    left[e] = part[e] - (zero + step * centroids[c, codes[c]])
+                    for plane in range(call.planes):
+                        mask = fields[2, plane, c]
+                        if mask:
+                            code = (np.uint32(codes[c]) >> fields[3, plane, c]) & mask
+                            row[fields[0, plane, c]] |= np.uint32(code << fields[1, plane, c])
+                for i in range(count):
+                    left[chosen[i]] = part[chosen[i]] - _widen(_narrow(part[chosen[i]], bfloat), bfloat)
                 if call.residue:
                     for h in range(heads):
                         wrong, norm = np.float64(0.0), np.float64(0.0)

@@ -31,6 +31,7 @@ from kvcalib.model.loading import execution_device
 from kvcalib.model.rotary import Rotation
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps, find_attention
 from kvcalib.quant.codebook import Codebook
+from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.adaptive import AdaptiveLayer
@@ -191,7 +192,8 @@ def _quantizer(spec: TensorSpec, relative: bool, prefix: str, tensors: dict[str,
     widths = tensors[f"{prefix}.widths"]
     layout = Layout(widths, tensors[f"{prefix}.word"], tensors[f"{prefix}.shift"], spec.words, spec.segment)
     codebook = Codebook.from_ragged(tensors[f"{prefix}.codebook"], widths)
-    return Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"])
+    feedback = Feedback(widths, tensors[f"{prefix}.feedback"]) if spec.feedback else None
+    return Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"], feedback)
 
 
 def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:

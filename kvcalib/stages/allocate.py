@@ -221,7 +221,7 @@ def fit(propose: Allocator, codebooks: Codebooks, settings: AllocateSettings) ->
     quantized = [(layer, role) for layer in _quantized(codebooks, settings) for role in ROLES]
     elements = sum(codebooks.get(*name, "weight").numel() for name in quantized)
     everything = elements + sum(w.numel() for w in exact.values())
-    fixed = sum(row_bits(codebooks.quantizer(*name, 0)) for name in quantized) + POSITION_BITS
+    fixed = sum(row_bits(codebooks.quantizer(*name, 0, feedback=False)) for name in quantized) + POSITION_BITS
     fixed += EXACT * (everything - elements)
     if settings.budget is None:
         room = round((settings.widths or 0.0) * elements)
@@ -277,7 +277,7 @@ def effective_bits(codebooks: Codebooks, widths: Widths) -> float:
     total = POSITION_BITS
     for (layer, role), chosen in widths.items():
         exact = is_exact(chosen)
-        total += EXACT * chosen.numel() if exact else row_bits(codebooks.quantizer(layer, role, chosen))
+        total += EXACT * chosen.numel() if exact else row_bits(codebooks.quantizer(layer, role, chosen, False))
     return total / sum(w.numel() for w in widths.values())
 
 

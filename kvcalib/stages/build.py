@@ -115,13 +115,16 @@ def run(
 
 def quantizer_tensors(quantizer: Quantizer, prefix: str) -> dict[str, Tensor]:
     """The tensors that make up `quantizer` in an artifact; see docs/artifact.md."""
-    return {
+    tensors = {
         f"{prefix}.widths": quantizer.layout.widths,
         f"{prefix}.codebook": quantizer.codebook.ragged(),
         f"{prefix}.word": quantizer.layout.word,
         f"{prefix}.shift": quantizer.layout.shift,
         f"{prefix}.weight": quantizer.weight,
     }
+    if quantizer.feedback is not None:
+        tensors[f"{prefix}.feedback"] = quantizer.feedback.triangle
+    return tensors
 
 
 def _spec(quantizer: Quantizer, loss: float, pairs: Tensor | None) -> TensorSpec:
@@ -134,6 +137,7 @@ def _spec(quantizer: Quantizer, loss: float, pairs: Tensor | None) -> TensorSpec
         group=16 if quantizer.layout.groups(pairs) else 0,
         scope=quantizer.scope,
         outliers=quantizer.outliers,
+        feedback=quantizer.feedback is not None,
         mean_bits=quantizer.layout.bits / (heads * head_dim),
         predicted_loss=loss,
     )

@@ -1,8 +1,9 @@
 """`codebooks.safetensors`: what stage `fit-nuq` was told, and what it found, read from disk as it is asked for.
 
 The file holds per layer and for keys and values: `ladder [H, D, 511]` (codebooks of all widths 0..8), `weight [H, D]`
-(mean Fisher per token) and `loss [9, H, D]` (predicted loss in nats per token of each width). Bits are chosen from it
-afterwards, by `build` or by allocation.
+(mean Fisher per token), `loss [9, H, D]` (predicted loss in nats per token of each width, by nearest rounding) and, for
+error feedback, `curvature [H, D, D]` (mean of g g', g the gradient). Bits are chosen from it afterwards, by `build` or
+by allocation.
 
 An *option* is a share of outliers and a scope (what shares their ranks, and a value's zero and scale). The run has a
 base option; with `choices` further ones are fitted for allocation to choose among, each with a ladder and a loss table
@@ -30,7 +31,7 @@ from kvcalib.quant.quantizer import BYTE_INDEXED, Quantizer, Scope
 from kvcalib.rundir import CODEBOOKS, RunDir, fingerprint
 from kvcalib.streamed import TensorFile
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 Role = Literal["key", "value"]
 ROLES: tuple[Role, ...] = ("key", "value")
 
@@ -83,6 +84,7 @@ class FitNuqSettings(BaseModel):
     weights: Weights = "fisher_scale"
     qnorm: bool = True
     solver: Solver = "exact"
+    feedback: bool = Field(default=True, description="Each channel's rounding makes up for the errors of others.")
 
     @property
     def bits(self) -> dict[Role, int]:
@@ -177,7 +179,7 @@ class Codebooks:
         return sorted({int(name.split(".")[1]) for name in self.tensors})
 
     def get(self, layer: int, role: Role, name: str) -> Tensor:
-        """`ladder`, `weight` or `loss` of one layer's keys or values, `order` of its keys."""
+        """`ladder`, `weight`, `loss` or `curvature` of one layer's keys or values, `order` of its keys."""
         place = self.options(layer, role).index(self.option(layer, role)) if name in ("ladder", "loss") else 0
         return self.tensors[tensor_name(layer, role, name, place)]
 
@@ -194,8 +196,12 @@ class Codebooks:
         """`bits` as a width per channel, `[H, D]` uint8."""
         return torch.as_tensor(bits).to(torch.uint8).expand(self.get(layer, role, "weight").shape)
 
-    def quantizer(self, layer: int, role: Role, bits: int | Tensor) -> Quantizer:
-        """The quantizer of one layer's keys or values at `bits`: one width, or one per channel `[H, D]` (0..8)."""
+    def quantizer(self, layer: int, role: Role, bits: int | Tensor, feedback: bool = True) -> Quantizer:
+        """The quantizer of one layer's keys or values at `bits`: one width, or one per channel `[H, D]` (0..8).
+
+        Args:
+            feedback: False where only what is stored matters, not how it is chosen.
+        """
         option = self.option(layer, role)
         return make_quantizer(
             self.get(layer, role, "ladder"),
@@ -205,6 +211,7 @@ class Codebooks:
             option.outliers,
             self.get(layer, role, "weight"),
             self.get(layer, role, "order") if role == "key" else None,
+            self.get(layer, role, "curvature") if feedback and self.settings.feedback else None,
         )
 
 

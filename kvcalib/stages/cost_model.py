@@ -170,9 +170,9 @@ def saved_bytes(plan: Plan) -> float:
 
 
 def sum_bytes(plan: Plan) -> float:
-    """Of all sums, kept exactly: a layer's moments, its queries' products and the histogram of their norms."""
+    """Of all sums, kept exactly: a layer's moments, products of its queries and of its gradients, a histogram."""
     layers = [(heads, head_dim) for heads, head_dim, _ in plan.layers.values()]
-    exact = sum(6 * heads * head_dim + heads * head_dim**2 + 2 * heads for heads, head_dim in layers)
+    exact = sum(7 * heads * head_dim + 2 * heads * head_dim**2 + 2 * heads for heads, head_dim in layers)
     return float(EXACT * exact + 8 * 512 * plan.model.query_heads * len(layers))
 
 
@@ -221,6 +221,11 @@ def ladders(plan: Plan) -> int:
     )
 
 
+def squares(plan: Plan) -> int:
+    """Elements of a matrix for every head, if rounding has error feedback."""
+    return sum(heads * head_dim**2 for heads, head_dim, _ in plan.layers.values()) if plan.fit.feedback else 0
+
+
 def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     """Layers in parallel over cores and processes; each worker holds its layer's sample in double precision."""
     workers = max(1, min(rates.cores // plan.local, len(plan.layers)))
@@ -228,6 +233,7 @@ def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     work = ladders(plan) * (c.ladder + plan.kept * c.fit)
     seconds = c.start + work / (workers * plan.processes)
     disk = float(ladders(plan) * (LADDER + MAX_BITS + 1) * FLOAT + 2 * plan.elements * FLOAT)
+    disk += 2 * squares(plan) * FLOAT
     return Cost("fit-nuq", seconds, c.offline + workers * layer * plan.kept * c.fit_host, 0.0, disk, disk)
 
 
@@ -239,7 +245,7 @@ def small_costs(plan: Plan, rates: Rates, c: Constants) -> list[Cost]:
     look = 2 * plan.elements * plan.kept * c.fit / workers
     widths = 2.0 * plan.elements
     # Three bits on average: 2^3 centroids, and tables of a width, word, shifts and weight for every channel.
-    artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT)
+    artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT) + squares(plan) * FLOAT
     return [
         Cost("friendliness", c.start + 4 * look, c.offline + one, 0.0, 1e5),
         Cost("allocate", c.start + look, c.planning + one + 9 * 8 * ladders(plan), 0.0, widths + 1e5),

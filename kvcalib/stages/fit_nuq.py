@@ -98,7 +98,10 @@ def _with_settings(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str
 def _fit_and_join(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str, Any], here: Launch) -> None:
     with here.step("fit-nuq"):
         calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
-        sample_without_sinks(calibration, settings.sinks)  # refused before anything is written
+        # Refused before anything is written.
+        sample_without_sinks(calibration, settings.sinks)
+        if settings.feedback:
+            _curvature(calibration, calibration.info.layers[0].index, "key")
     folder = here.in_turn("fit-nuq", lambda: run_dir.parts(PARTS, recorded, discard=True))
     layers = [shape.index for shape in calibration.info.layers]
     there = {layer for found in here.gather(_fitted(folder, layers)) for layer in found}
@@ -175,6 +178,8 @@ def fit_layer(calibration: Calibration, layer: int, settings: FitNuqSettings) ->
             fitted[tensor_name(layer, role, "order")] = channel_order(calibration, layer)
         mean = (data[f"{role}.fisher_sum"] / calibration.info.tokens).float()
         fitted[tensor_name(layer, role, "weight")] = mean
+        if settings.feedback:
+            fitted[tensor_name(layer, role, "curvature")] = _curvature(calibration, layer, role)
         for place, option in enumerate(settings.options(role, *mean.shape)):
             ladder = _fit(x, fisher, role, option, settings)
             fitted[tensor_name(layer, role, "ladder", place)] = ladder
@@ -199,6 +204,18 @@ def _fit(x: Tensor, fisher: Tensor, role: Role, option: Option, settings: FitNuq
     if role == "key":
         return fit_keys(wide, weight, settings.granularity, option.scope, options).float()
     return fit_values(wide, weight, settings.value_granularity, option.scope, options).float()
+
+
+def _curvature(calibration: Calibration, layer: int, role: Role) -> Tensor:
+    """`[H, D, D]` float32; InputError if the calibration is too old to have it."""
+    found = calibration.curvature(layer, role)
+    if found is None:
+        raise InputError(
+            f"fit-nuq: the calibration is of version {calibration.info.version}, which has no second moments of "
+            "gradients, as error feedback needs (version 6); run `kvcalib fisher` again with --overwrite, or pass "
+            "--no-feedback"
+        )
+    return found.float()
 
 
 def channel_order(calibration: Calibration, layer: int) -> Tensor:

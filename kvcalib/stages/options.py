@@ -88,7 +88,7 @@ def within(
             for name, k in zip(names, chosen.option, strict=True)
         }
         under, widths = codebooks.under(options), dict(zip(names, chosen.widths, strict=True))
-        total = fixed + sum(row_bits(under.quantizer(layer, role, w)) for (layer, role), w in widths.items())
+        total = fixed + sum(row_bits(under.quantizer(layer, role, w, False)) for (layer, role), w in widths.items())
         excess = total - int(budget * elements + 1e-6)
         if excess <= 0 or room == rows.smallest:
             return Found(under, widths, options, chosen.plan.loss, bound, total / elements)

@@ -41,10 +41,11 @@ def example(seed: int = 0):
         centroids = torch.randn(HEADS * DIM, 1 << BITS, generator=generator).sort(dim=1).values
         weight = torch.rand(HEADS, DIM, generator=generator)
         named = {"widths": layout.widths, "codebook": centroids.flatten(), "word": layout.word, "shift": layout.shift}
-        tensors |= {f"layers.0.{role}.{name}": t.clone() for name, t in (named | {"weight": weight}).items()}
+        named |= {"weight": weight, "feedback": torch.randn(HEADS, DIM * (DIM - 1) // 2, generator=generator)}
+        tensors |= {f"layers.0.{role}.{name}": t.clone() for name, t in named.items()}
     spec = TensorSpec(
         kv_heads=HEADS, head_dim=DIM, words=layout.words, segment=layout.segment, scope="token", outliers=1,
-        mean_bits=BITS, predicted_loss=1.25e-05,
+        feedback=True, mean_bits=BITS, predicted_loss=1.25e-05,
     )  # fmt: skip
     manifest = Manifest(
         producer=Producer(version="0.1.0"),
@@ -181,10 +182,10 @@ def test_appended_byte_is_found(artifact, name):
         store.read(artifact)
 
 
-@pytest.mark.parametrize("version", [1, 3, 0, "2", None, 2.5])
+@pytest.mark.parametrize("version", [1, 2, 4, 0, "3", None, 2.5])
 def test_unknown_version_is_named(artifact, version):
     rewrite(artifact, lambda body: body.update(format_version=version))
-    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 2"):
+    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 3"):
         store.read(artifact)
 
 

@@ -31,8 +31,8 @@ def _keep(outputs, key, _module, _args, out):
     outputs[key] = out
 
 
-def independent_fisher(model, ids):
-    """Squared gradients through forward hooks on k_proj and v_proj, weights not frozen, one sequence at a time."""
+def independent_gradients(model, ids):
+    """Gradients through forward hooks on k_proj and v_proj, weights not frozen, one sequence at a time."""
     modules = {
         (i, n): getattr(layer.self_attn, f"{n}_proj") for i, layer in enumerate(model.model.layers) for n in "kv"
     }
@@ -46,7 +46,7 @@ def independent_fisher(model, ids):
         for handle in handles:
             handle.remove()
         for key, out in outputs.items():
-            found[key].append(out.grad[0].double() ** 2)
+            found[key].append(out.grad[0].double())
         model.zero_grad()
     return {key: torch.stack(parts) for key, parts in found.items()}
 
@@ -55,14 +55,18 @@ def independent_fisher(model, ids):
 def test_fisher_equals_an_independent_autograd_computation(llama, checkpointing):
     ids = tokens(4, 24)
     record = collect(llama, ids, checkpointing=checkpointing)
-    expected = independent_fisher(llama, ids)
+    expected = independent_gradients(llama, ids)
     names = {"k": "key", "v": "value"}
-    for (layer, role), fisher in expected.items():
+    for (layer, role), gradient in expected.items():
+        fisher = gradient**2
         total = fisher.sum((0, 1)).view(2, 16)
         found = record.tensors[f"layers.{layer}.{names[role]}.fisher_sum"]
         assert torch.allclose(found, total, rtol=1e-5, atol=1e-5 * total.max().item())
         sample = record.tensors[f"layers.{layer}.sample.{names[role]}_fisher"].double()
         assert sample.sum(0).sub(total).abs().max() < 1e-4 * total.max()
+        by_head = gradient.flatten(0, 1).view(-1, 2, 16)
+        outer = torch.einsum("nhi,nhj->hij", by_head, by_head) / len(by_head)
+        assert torch.allclose(record.curvature(layer, names[role]), outer, atol=1e-5 * outer.abs().max().item())
     assert all(p.requires_grad for p in llama.parameters())
 
 

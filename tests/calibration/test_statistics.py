@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcalib.calibration.statistics import Calibration
+from kvcalib.calibration.statistics import Calibration, from_lower_triangle, lower_triangle
 from kvcalib.errors import CorruptFile
 from kvcalib.files import write_tensors
 from tests.tiny import calibrate
@@ -55,17 +55,33 @@ def test_files_of_version_4_are_read(record, tmp_path):
     """As written before sums were exact: float64 sums, no ids of sequences, no count of batches."""
     info = record.info.model_dump(mode="json") | {"version": 4}
     del info["batches"], info["merged"]
-    tensors = {name: t for name, t in record.tensors.items() if name not in ("nll", "sequences")}
+    later = ("nll", "sequences", "fisher_outer")
+    tensors = {name: t for name, t in record.tensors.items() if not name.endswith(later)}
     write_tensors(tmp_path / "old", tensors, {"info": info, "extra": None})
     found, _ = Calibration.load(tmp_path / "old")
     assert found.info.version == 4
     assert found.info.nll == record.info.nll
     assert found.tensors.keys() == tensors.keys()
-    assert all(torch.equal(found.layer(1)[n], t) for n, t in record.layer(1).items())
+    assert all(torch.equal(t, record.tensors[n]) for n, t in found.tensors.items())
+    assert found.curvature(0, "key") is None
+
+
+def test_the_curvature_is_symmetric_and_has_the_fisher_on_its_diagonal(record):
+    for role in ("key", "value"):
+        curvature = record.curvature(1, role)
+        assert torch.equal(curvature, curvature.transpose(1, 2))
+        fisher = record.layer(1)[f"{role}.fisher_sum"] / record.info.tokens
+        assert torch.allclose(curvature.diagonal(dim1=1, dim2=2), fisher, rtol=1e-5)
+
+
+def test_half_a_matrix_is_all_of_it():
+    square = torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(0))
+    square = square + square.transpose(1, 2)
+    assert torch.equal(from_lower_triangle(lower_triangle(square)), square)
 
 
 def test_unknown_versions_are_refused(record, tmp_path):
-    note = {"info": record.info.model_dump(mode="json") | {"version": 6}}
+    note = {"info": record.info.model_dump(mode="json") | {"version": 7}}
     write_tensors(tmp_path / "new", dict(record.stored), note)
-    with pytest.raises(CorruptFile, match=r"version is 6, expected one of \(2, 3, 4, 5\)"):
+    with pytest.raises(CorruptFile, match=r"version is 7, expected one of \(2, 3, 4, 5, 6\)"):
         Calibration.load(tmp_path / "new")

@@ -22,7 +22,7 @@ Check = Callable[[Any], bool]
 PLANES = {0: [], 1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}
 KINDS = {"F32": ("float32", 4, "<f4"), "I16": ("int16", 2, "<i2"), "U8": ("uint8", 1, "u1")}
 PARTS = {"widths": "u1", "codebook": "<f4", "word": "<i2", "shift": "u1", "weight": "<f4"}
-NOTE = '{"format":"kvcalib-artifact","format_version":2}'
+NOTE = '{"format":"kvcalib-artifact","format_version":3}'
 MOST = 2**53 - 1
 
 
@@ -57,8 +57,8 @@ def listed(check: Check) -> Check:
 HASH = "[0-9a-f]{64}"
 ROLE: dict[str, Check] = {
     "kv_heads": integer(1), "head_dim": integer(1), "words": integer(0), "segment": one_of("head", "row"),
-    "group": one_of(0, 16), "scope": one_of("token", "head"), "outliers": integer(0), "mean_bits": real(0, 8),
-    "predicted_loss": real(0),
+    "group": one_of(0, 16), "scope": one_of("token", "head"), "outliers": integer(0), "feedback": one_of(True, False),
+    "mean_bits": real(0, 8), "predicted_loss": real(0),
 }  # fmt: skip
 FRIENDLY: dict[str, Check] = {"key_error": real(0), "value_error": real(0)}
 FRIENDLY_MAY: dict[str, Check] = {
@@ -89,7 +89,7 @@ LAYER: dict[str, Check] = {
 }  # fmt: skip
 TOP: dict[str, Check] = {
     "format": one_of("kvcalib-artifact"),
-    "format_version": one_of(2),
+    "format_version": one_of(3),
     "digest": text(HASH),
     "producer": lambda x: fields(x, {"name": one_of("kvcalib"), "version": text()}),
     "model": lambda x: fields(x, {
@@ -170,7 +170,7 @@ def read_manifest(raw: bytes) -> dict[str, Any]:
     need(raw.count(b"\n") <= 200_000, "lines")
     body = parse(raw)
     need(type(body) is dict and body.get("format") == "kvcalib-artifact", "format")
-    need(type(body.get("format_version")) is int and body["format_version"] == 2, "version")
+    need(type(body.get("format_version")) is int and body["format_version"] == 3, "version")
 
     def render(value: Any) -> bytes:
         return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
@@ -185,7 +185,7 @@ def read_manifest(raw: bytes) -> dict[str, Any]:
         f"layers.{layer['index']}.{role}.{name}"
         for layer in body["layers"]
         for role in ("key", "value")
-        for name in PARTS
+        for name in (*PARTS, *(["feedback"] if layer[role]["feedback"] else []))
     }
     need(set(body["tensors"]) == names, "tensors that no layer has, or too few")
     indices = [layer["index"] for layer in body["layers"]]
@@ -230,7 +230,10 @@ def read_tensors(raw: bytes, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def check_role(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     heads, dim, count = spec["kv_heads"], spec["head_dim"], spec["words"]
-    kinds = PARTS
+    kinds = PARTS | ({"feedback": "<f4"} if spec["feedback"] else {})
+    if spec["feedback"]:
+        need(dim > 1 and arrays["feedback"].shape == (heads, dim * (dim - 1) // 2), "shape of feedback")
+        need(all(abs(x) <= 65504 for x in arrays["feedback"].ravel().tolist()), "feedback")
     need(set(arrays) == set(kinds), "tensors of a layer")
     need(all(arrays[name].dtype == np.dtype(kind) for name, kind in kinds.items()), "dtype of a layer's tensor")
     elements = dim if spec["scope"] == "head" else heads * dim

@@ -10,7 +10,7 @@ import torch
 
 from kvcalib.calibration.merging import Merger
 from kvcalib.calibration.statistics import Calibration
-from kvcalib.calibration.validate import KNOWN, SINCE_4, SUMS
+from kvcalib.calibration.validate import ALL, SUMS
 from kvcalib.errors import KvcalibError
 from kvcalib.files import read_json, read_tensors, write_json, write_tensors
 from kvcalib.rundir import CALIBRATION, RunDir
@@ -153,9 +153,9 @@ def test_tensors_that_lie(truth, tmp_path, name):
     refused(tmp_path / "c", message)
 
 
-@pytest.mark.parametrize("name", [*KNOWN, *SINCE_4])
+@pytest.mark.parametrize("name", list(ALL))
 def test_every_tensor_is_asked_for(truth, tmp_path, name):
-    stored = [f"{name}.limbs", f"{name}.top"] if KNOWN.get(name, ((),))[0] is SUMS else [name]
+    stored = [f"{name}.limbs", f"{name}.top"] if ALL[name][0] is SUMS else [name]
     tensors = {n: t for n, t in truth[0].items() if n != f"layers.1.{stored[-1]}"}
     write_tensors(tmp_path / "c", tensors, truth[1])
     refused(tmp_path / "c", rf"layers\.1\.{stored[-1]} is missing")

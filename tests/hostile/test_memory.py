@@ -57,8 +57,10 @@ def wide(body, arrays):
     for layer in body["layers"]:
         layer["friendliness"] = None
         for role in ("key", "value"):
-            layer[role].update(kv_heads=heads, head_dim=dim, words=1, scope="head", outliers=0, segment="head")
+            layer[role].update(kv_heads=heads, head_dim=dim, words=1, scope="head", outliers=0, segment="head",
+                               feedback=False)  # fmt: skip
             prefix = f"layers.{layer['index']}.{role}."
+            arrays.pop(f"{prefix}feedback", None)
             widths = np.zeros((heads, dim), np.uint8)
             widths[0, 0] = 8
             word, shift = np.full((2, heads, dim), -1, np.int16), np.zeros((2, heads, dim), np.uint8)
@@ -123,7 +125,7 @@ def test_a_table_of_a_billion_entries_that_is_there_only_as_a_hole(tmp_path):
 
 def test_json_takes_a_bounded_multiple_of_its_text(tmp_path):
     """Some thirty times; that is why no more than 8 MiB of a manifest are parsed at all."""
-    text = b'{"format": "kvcalib-artifact", "format_version": 2, "layers": [' + b'{"":0},' * 200_000 + b"0]}"
+    text = b'{"format": "kvcalib-artifact", "format_version": 3, "layers": [' + b'{"":0},' * 200_000 + b"0]}"
     folder = write(tmp_path / "a", text=lambda _: text)
     assert peak(lambda: kvcalib.load(folder)) < 48 * size(folder)
     folder = write(tmp_path / "b", text=lambda _: text + b" " * (9 << 20))

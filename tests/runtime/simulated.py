@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -34,16 +35,36 @@ def simulate(x, quantizer, exact=torch.float16):
         place = torch.arange(grouped.shape[-1])
         keep.scatter_(-1, order, (place < first) | (place >= first + size))
         zero, scale = ((low + high) / 2).to(exact).float(), ((high - low) / 2).to(exact).float()
-    normal = ((grouped - zero) / torch.where(scale > 0, scale, 1.0)).view(x.shape)
     levels = quantizer.codebook.centroids
     unused = torch.arange(levels.shape[-1]) >= (1 << quantizer.layout.widths.long())[..., None]
+
+    normal = ((grouped - zero) / torch.where(scale > 0, scale, 1.0)).view(x.shape)
     distance = (normal[..., None] - levels).abs().masked_fill(unused, torch.inf)
     nearest = levels.expand(n, -1, -1, -1).gather(-1, distance.argmin(-1, keepdim=True))[..., 0]
     out = zero + scale * nearest.reshape(grouped.shape)
     if not quantizer.relative and count:
         saved = ((out.view(x.shape) - x) ** 2 * quantizer.weight).reshape(grouped.shape)
         keep.scatter_(-1, saved.argsort(-1, descending=True)[..., :count], True)
+    if quantizer.feedback is not None:
+        grid = [t.expand(n, groups, 1).expand(n, heads, 1)[..., 0].numpy() for t in (zero, scale)]
+        out = out.view(x.shape).contiguous()
+        _feed_back(quantizer, x.numpy(), keep.view(x.shape).numpy(), *grid, unused.numpy(), out.numpy())
+        out = out.view(grouped.shape)
     return torch.where(keep, grouped.to(exact).float(), out).view(x.shape)
+
+
+def _feed_back(quantizer, x, kept, zero, scale, unused, out):
+    """Round channel after channel, each from where the errors before it have moved it; into `out [n, H, D]`."""
+    order, matrix = quantizer.feedback.order.numpy(), quantizer.feedback.matrix.numpy()
+    levels, divisor = quantizer.codebook.centroids.numpy(), np.where(scale > 0, scale, np.float32(1))
+    for h in range(x.shape[1]):
+        target = x[:, h, order[h]]
+        for k, d in enumerate(order[h]):
+            distance = np.abs((target[:, k] - zero[:, h])[:, None] / divisor[:, h, None] - levels[h, d])
+            distance[:, unused[h, d]] = np.inf
+            made = zero[:, h] + scale[:, h] * levels[h, d][distance.argmin(-1)]
+            out[:, h, d] = np.where(kept[:, h, d], x[:, h, d], made)
+            target[:, k + 1 :] -= (out[:, h, d] - x[:, h, d])[:, None] * matrix[h, k, k + 1 :]
 
 
 class SimulatedCache(DynamicCache):

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from kvcalib.quant.codebook import LADDER
+from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.fitting import make_quantizer
 from kvcalib.runtime.encode import MOST_TOKENS, store
 from kvcalib.runtime.storage import Rows
+from tests.quant.test_feedback import curvature
 
 
-def quantizer(relative, scope, share, widths, heads=3, dim=16, seed=0):
+def quantizer(relative, scope, share, widths, heads=3, dim=16, seed=0, feedback=False):
     generator = torch.Generator().manual_seed(seed)
     ladders = torch.randn(heads, dim, LADDER, generator=generator) * (0.5 if relative else 1.0)
     for bits in range(9):
@@ -23,7 +25,10 @@ def quantizer(relative, scope, share, widths, heads=3, dim=16, seed=0):
     else:
         chosen = torch.full((heads, dim), widths)
     weight = torch.rand(heads, dim, generator=generator)
-    return make_quantizer(ladders, chosen.to(torch.uint8), relative, scope, share, weight)
+    made = make_quantizer(ladders, chosen.to(torch.uint8), relative, scope, share, weight)
+    if feedback:
+        made.feedback = Feedback.from_curvature(curvature(heads, dim, seed), made.layout.widths)
+    return made
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
@@ -31,8 +36,9 @@ def quantizer(relative, scope, share, widths, heads=3, dim=16, seed=0):
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("widths", [0, 1, 3, 8, "mixed"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_same_bits(relative, scope, share, widths, dtype):
-    q = quantizer(relative, scope, share, widths)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_same_bits(relative, scope, share, widths, dtype, feedback):
+    q = quantizer(relative, scope, share, widths, feedback=feedback)
     x = torch.randn(7, 3, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[2] = 0.5
     x[3, :, :9] = x[3, :, 0, None]

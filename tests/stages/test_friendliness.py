@@ -1,5 +1,6 @@
 """The stage against the model itself; old calibrations; what reaches file, table and artifact."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -72,7 +73,8 @@ def test_more_bits_keep_more_heavy_hitters_and_shares_average_to_one(tmp_path):
     table = friendliness.run(run_of(tmp_path, tiny_llama()))
     for layer in table["layers"]:
         overlaps = [layer["bits"][bits]["selection"]["overlap"] for bits in ("2", "3", "4", "8")]
-        assert overlaps == sorted(overlaps)
+        # Error feedback spends plain accuracy of keys for a smaller loss, more so at few bits.
+        assert all(more > fewer - 0.02 for fewer, more in itertools.pairwise(overlaps))
         assert overlaps[0] < overlaps[-1]
         chosen = layer["chosen"]
         assert chosen["selection"]["alpha"] in ALPHAS
@@ -116,12 +118,12 @@ def test_widths_by_channel_and_exact_layers(tmp_path):
 
 
 def test_a_calibration_of_before_leaves_the_weights_of_eviction_out(tmp_path, capsys):
-    run = make_run(tmp_path / "run", tiny_llama())
+    run = make_run(tmp_path / "run", tiny_llama(), feedback=False)
     record, _ = Calibration.load(run.file(CALIBRATION))
     new = ("attention_early", "attention_slope", "attention_later_square")
-    new += ("nll", "sequences")
+    new += ("nll", "sequences", "fisher_outer")
     tensors = {name: t for name, t in record.tensors.items() if not name.endswith(new)}
-    assert len(tensors) == len(record.tensors) - 2 * 3 - 2
+    assert len(tensors) == len(record.tensors) - 2 * 3 - 2 - 2 * 2
     Calibration(record.info.model_copy(update={"version": 3}), tensors).save(run.file(CALIBRATION))
     friendliness.run(run)
     assert all(layer["chosen"]["selection"] is None for layer in read_json(run.file(FRIENDLINESS))["layers"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +34,7 @@ class Held:
         """How many queries saw each token, its own included, weighted like `drawn`; 1 where a slot is unused."""
         newest = self.position.amax((1, 2), keepdim=True)
         age = torch.where(self.position >= 0, newest - self.position + 1, 1).float()
-        return age if decay == 1 else (1 - decay**age) / (1 - decay)
+        return age if decay == 1 else -torch.expm1(age * math.log(decay)) / (1 - decay)
 
 
 class Policy:

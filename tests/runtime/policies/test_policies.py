@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvcalib.runtime.policies import POLICIES, Held, find
@@ -116,6 +116,7 @@ def test_unused_slots_change_nothing():
 
 
 @given(st.integers(0, 10**6), st.floats(0.5, 1), st.booleans(), st.floats(0, 1))
+@example(0, 1 - 2**-53, True, 0.0)
 @settings(max_examples=30, deadline=None)
 def test_qhitter_s_score(seed, decay, age_norm, alpha):
     held = layer(seed, 2, 3, 12, traits=1)
