@@ -64,6 +64,7 @@ def compile_launch(launch: Any, target: int) -> dict[str, int]:
                 attrs[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attrs)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+    options["enable_fp_fusion"] = launch.fusion
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     used = resources(compiled.asm["cubin"])
     warps = min(64, REGISTERS // (used["registers"] * 32))

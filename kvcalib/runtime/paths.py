@@ -52,7 +52,7 @@ def writing(key: Quantizer, value: Quantizer, device: torch.device) -> Path:
     wanted = forced()
     if wanted == "torch":
         return "torch"
-    if key.feedback is None and value.feedback is None and _triton(wanted, key, value, None, device):
+    if _triton(wanted, key, value, None, device):
         return "triton"
     return "native" if device.type == "cpu" else "torch"
 

@@ -5,6 +5,9 @@ keys get their codes and errors, and the largest weighted errors are the outlier
 holds all but n elements, from the n + 1 smallest and n + 1 largest. Then it fills the row word by word: the fields of a
 word, wherever their channels are, are quantized again and shifted into place, so any layout packs alike.
 
+With error feedback the heads' channels are rounded place by place, all heads at once (`feedback.py` in this folder);
+codes then go through a buffer, from which the row is filled.
+
 Asked for, the residue: of the first pass's codes, decoded as `Quantizer.decode` would, the squared error of each head.
 
 The result is that of `Quantizer.encode`, bit for bit: same midpoints, same rounding of zero and scale, IEEE division.
@@ -25,22 +28,13 @@ from torch import Tensor
 
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.kernels.arithmetic import narrow
+from kvcalib.runtime.kernels.feedback import KEPT, code_of, feed_back
 from kvcalib.runtime.kernels.launch import Launch, strides
-from kvcalib.runtime.kernels.tables import encode_tables
+from kvcalib.runtime.kernels.tables import EncodeTables, encode_tables
 
 LOWEST = tl.constexpr(-(2**63))
 HIGHEST = tl.constexpr(2**63 - 1)
 WORDS_AT_ONCE = 16
-
-
-@triton.jit
-def _code(x, element, middle, live, BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """Midpoints below `x`, by binary search in the element's `LEVELS` of them (the last is +inf)."""
-    code = tl.zeros_like(element)
-    for step in tl.static_range(BITS):
-        below = tl.load(middle + element * LEVELS + code + (LEVELS >> (step + 1)) - 1, mask=live, other=0.0)
-        code += tl.where(below < x, LEVELS >> (step + 1), 0)
-    return code
 
 
 @triton.jit
@@ -93,10 +87,12 @@ def _stored(x, value, LIMIT: tl.constexpr):
 
 @triton.jit
 def _pack(
-    x_row, x_sh, words, zeros, scales, middle, fields, RELATIVE: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-    BITS: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+    x_row, x_sh, words, zeros, scales, middle, fields, codes, RELATIVE: tl.constexpr, DIM: tl.constexpr,
+    SIZE: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr, AT_ONCE: tl.constexpr,
+    FEEDBACK: tl.constexpr,
 ):  # fmt: skip
-    """Write the row's words: quantize the channel of every field of a word and put the fields together."""
+    """Write the row's words: quantize the channel of every field of a word, or take its code from `codes`, and put the
+    fields together."""
     for start in range(0, WORDS, AT_ONCE):
         word = start + tl.arange(0, AT_ONCE)
         inside = word < WORDS
@@ -104,12 +100,15 @@ def _pack(
         element = tl.load(entry, mask=inside[:, None], other=-1)
         live = element >= 0
         element = tl.where(live, element, 0)
-        x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
-        if RELATIVE:
-            zero = tl.load(zeros + element // SIZE).to(tl.float32)
-            scale = tl.load(scales + element // SIZE).to(tl.float32)
-            x = tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0))
-        code = _code(x, element, middle, live, BITS, LEVELS)
+        if FEEDBACK:
+            code = tl.load(codes + element, mask=live, other=0).to(tl.int32)
+        else:
+            x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
+            if RELATIVE:
+                zero = tl.load(zeros + element // SIZE).to(tl.float32)
+                scale = tl.load(scales + element // SIZE).to(tl.float32)
+                x = tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0))
+            code = code_of(x, element, middle, live, BITS, LEVELS)
         position = tl.load(entry + 1, mask=live, other=0)
         size = tl.load(entry + 2, mask=live, other=0)
         shift = tl.load(entry + 3, mask=live, other=0)
@@ -119,18 +118,20 @@ def _pack(
 
 @triton.jit
 def _encode_keys(
-    x_row, x_sh, words, index, value, middle, book, weight, fields, residue, to_head, to_sum,
+    x_row, x_sh, words, index, value, middle, book, weight, fields, codes, order, matrix, residue, to_head, to_sum,
     DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
-    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, RESIDUE: tl.constexpr,
+    WORDS: tl.constexpr, AT_ONCE: tl.constexpr, RESIDUE: tl.constexpr, FEEDBACK: tl.constexpr,
+    HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
-    if OUTLIERS > 0 or RESIDUE:
+    if OUTLIERS > 0 or RESIDUE or FEEDBACK:
+        heads: tl.constexpr = GROUPS * SIZE // DIM
         group = tl.arange(0, GROUPS_PADDED)[:, None]
         number = tl.arange(0, SIZE_PADDED)[None, :]
         live = (group < GROUPS) & (number < SIZE)
         element = tl.where(live, group * SIZE + number, 0)
         x = tl.load(x_row + (element // DIM) * x_sh + element % DIM, mask=live, other=0.0).to(tl.float32)
-        code = _code(x, element, middle, live, BITS, LEVELS)
+        code = code_of(x, element, middle, live, BITS, LEVELS)
         centroid = tl.load(book + element * LEVELS + code)
         if OUTLIERS > 0:
             gap = x - centroid
@@ -142,21 +143,34 @@ def _encode_keys(
                 rank = tl.where(rank == top[:, None], LOWEST, rank)
             chosen = live & (rank == LOWEST)
             _store_outliers(index, value, x, chosen, number, group, OUTLIERS, LIMIT)
-            if RESIDUE:
-                centroid = tl.where(chosen, _stored(x, value, LIMIT), centroid)
+        if FEEDBACK:
+            if OUTLIERS > 0:
+                code += tl.where(chosen, KEPT, 0)
+            tl.store(codes + element, code.to(tl.int16), mask=live)
+            tl.debug_barrier()
+            feed_back(x_row, x_sh, codes, book, book, middle, book, order, matrix, False, heads, DIM, SIZE,
+                      HEADS_PADDED, DIM_PADDED, BITS, LEVELS)  # fmt: skip
+            tl.debug_barrier()
         if RESIDUE:
-            heads: tl.constexpr = GROUPS * SIZE // DIM
+            if FEEDBACK:
+                code = tl.load(codes + element, mask=live, other=0).to(tl.int32)
+                centroid = tl.load(book + element * LEVELS + code)
+            if OUTLIERS > 0:
+                centroid = tl.where(chosen, _stored(x, value, LIMIT), centroid)
             _store_residue(residue, to_head, to_sum, x, centroid, live, element, group, DIM, GROUPS, heads)
-    _pack(x_row, x_sh, words, book, book, middle, fields, False, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
+    _pack(x_row, x_sh, words, book, book, middle, fields, codes, False, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE,
+          FEEDBACK)  # fmt: skip
 
 
 @triton.jit
 def _encode_values(
-    x_row, x_sh, words, index, value, zeros, scales, middle, fields, book, residue, to_head, to_sum,
-    DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    x_row, x_sh, words, index, value, zeros, scales, middle, fields, book, codes, order, matrix, residue, to_head,
+    to_sum, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
     WORDS: tl.constexpr, AT_ONCE: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
+    FEEDBACK: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
+    heads: tl.constexpr = GROUPS * SIZE // DIM
     group = tl.arange(0, GROUPS_PADDED)[:, None]
     number = tl.arange(0, SIZE_PADDED)[None, :]
     live = (group < GROUPS) & (number < SIZE)
@@ -201,18 +215,28 @@ def _encode_values(
     if OUTLIERS > 0:
         chosen = live & ((from_below < start) | (from_above < OUTLIERS - start))
         _store_outliers(index, value, x, chosen, number, group, OUTLIERS, LIMIT)
-    if RESIDUE:
+    if RESIDUE or FEEDBACK:
         zero = zero.to(tl.float32)
         scale = scale.to(tl.float32)
-        code = _code(tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), element, middle, live, BITS, LEVELS)
+        code = code_of(tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), element, middle, live, BITS, LEVELS)
+    if FEEDBACK:
+        if OUTLIERS > 0:
+            code += tl.where(chosen, KEPT, 0)
+        tl.store(codes + element, code.to(tl.int16), mask=live)
+        tl.debug_barrier()
+        feed_back(x_row, x_sh, codes, zeros, scales, middle, book, order, matrix, True, heads, DIM, SIZE,
+                  HEADS_PADDED, DIM_PADDED, BITS, LEVELS)  # fmt: skip
+    # Other threads of this program read zero, scale and codes back.
+    tl.debug_barrier()
+    if RESIDUE:
+        if FEEDBACK:
+            code = tl.load(codes + element, mask=live, other=0).to(tl.int32)
         decoded = zero + scale * tl.load(book + element * LEVELS + code)
         if OUTLIERS > 0:
             decoded = tl.where(chosen, _stored(x, value, LIMIT), decoded)
-        heads: tl.constexpr = GROUPS * SIZE // DIM
         _store_residue(residue, to_head, to_sum, x, decoded, live, element, group, DIM, GROUPS, heads)
-    # Other threads of this program read zero and scale back.
-    tl.debug_barrier()
-    _pack(x_row, x_sh, words, zeros, scales, middle, fields, True, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE)
+    _pack(x_row, x_sh, words, zeros, scales, middle, fields, codes, True, DIM, SIZE, BITS, LEVELS, WORDS, AT_ONCE,
+          FEEDBACK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "x_ksb", "x_kst", "x_vsb", "x_vst", "rk_sb", "rk_st", "rv_sb", "rv_st"])
@@ -221,6 +245,7 @@ def encode_kernel(
     k_words, kw_sb, kw_st, k_index, ki_sb, ki_st, k_exact, kx_sb, kx_st,
     v_words, vw_sb, vw_st, v_index, vi_sb, vi_st, v_exact, vx_sb, vx_st, v_zero, vz_sb, vz_st, v_scale, vs_sb, vs_st,
     k_middle, k_book, k_weight, k_fields, v_middle, v_fields,
+    k_codes, k_order, k_matrix, v_codes, v_order, v_matrix,
     v_book, k_residue, rk_sb, rk_st, rk_sh, rk_sx, v_residue, rv_sb, rv_st, rv_sh, rv_sx,
     LIMIT: tl.constexpr, AT_ONCE: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUPS: tl.constexpr, K_SIZE: tl.constexpr, K_GROUPS_PADDED: tl.constexpr,
@@ -229,26 +254,31 @@ def encode_kernel(
     V_DIM: tl.constexpr, V_GROUPS: tl.constexpr, V_SIZE: tl.constexpr, V_GROUPS_PADDED: tl.constexpr,
     V_SIZE_PADDED: tl.constexpr, V_BITS: tl.constexpr, V_LEVELS: tl.constexpr, V_OUTLIERS: tl.constexpr,
     V_WORDS: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
+    K_FEEDBACK: tl.constexpr, V_FEEDBACK: tl.constexpr, HEADS_PADDED: tl.constexpr, K_DIM_PADDED: tl.constexpr,
+    V_DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * tokens, 2), the second axis K or V."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
     t = (tl.program_id(0) % tokens).to(tl.int64)
+    k_codes += tl.program_id(0).to(tl.int64) * (K_GROUPS * K_SIZE)
+    v_codes += tl.program_id(0).to(tl.int64) * (V_GROUPS * V_SIZE)
     if tl.program_id(1) == 0:
         _encode_keys(
             key + batch * x_ksb + t * x_kst, x_ksh, k_words + batch * kw_sb + t * kw_st,
             k_index + batch * ki_sb + t * ki_st, k_exact + batch * kx_sb + t * kx_st,
-            k_middle, k_book, k_weight, k_fields, k_residue + batch * rk_sb + t * rk_st, rk_sh, rk_sx,
+            k_middle, k_book, k_weight, k_fields, k_codes, k_order, k_matrix,
+            k_residue + batch * rk_sb + t * rk_st, rk_sh, rk_sx,
             K_DIM, K_GROUPS, K_SIZE, K_GROUPS_PADDED, K_SIZE_PADDED, K_BITS, K_LEVELS, K_OUTLIERS, LIMIT,
-            K_WORDS, AT_ONCE, RESIDUE,
+            K_WORDS, AT_ONCE, RESIDUE, K_FEEDBACK, HEADS_PADDED, K_DIM_PADDED,
         )  # fmt: skip
     else:
         _encode_values(
             value + batch * x_vsb + t * x_vst, x_vsh, v_words + batch * vw_sb + t * vw_st,
             v_index + batch * vi_sb + t * vi_st, v_exact + batch * vx_sb + t * vx_st,
             v_zero + batch * vz_sb + t * vz_st, v_scale + batch * vs_sb + t * vs_st, v_middle, v_fields,
-            v_book, v_residue + batch * rv_sb + t * rv_st, rv_sh, rv_sx,
+            v_book, v_codes, v_order, v_matrix, v_residue + batch * rv_sb + t * rv_st, rv_sh, rv_sx,
             V_DIM, V_GROUPS, V_SIZE, V_GROUPS_PADDED, V_SIZE_PADDED, V_BITS, V_LEVELS, V_OUTLIERS, LIMIT,
-            V_WORDS, AT_ONCE, WINDOWS, COPIES, RESIDUE,
+            V_WORDS, AT_ONCE, WINDOWS, COPIES, RESIDUE, V_FEEDBACK, HEADS_PADDED, V_DIM_PADDED,
         )  # fmt: skip
 
 
@@ -301,15 +331,28 @@ def encode_launch(
         "v_scale": rows["value.scale"], **strides("vs", rows["value.scale"], ("sb", 0), ("st", 1)),
         "k_middle": k_tables.middle, "k_book": k_tables.centroids, "k_weight": k_tables.weight,
         "k_fields": k_tables.fields, "v_middle": v_tables.middle, "v_fields": v_tables.fields,
+        **_feedback_args("k", k_tables, key), **_feedback_args("v", v_tables, value),
         "v_book": v_tables.centroids, **_residue_args(key, value, residue),
     }  # fmt: skip
     constants = {
         "LIMIT": torch.finfo(exact.dtype).max, "AT_ONCE": WORDS_AT_ONCE,
         **_shape(key_quantizer, "K"), **_shape(value_quantizer, "V"),
         "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1), "COPIES": copies,
-        "RESIDUE": residue is not None,
+        "RESIDUE": residue is not None, "K_FEEDBACK": k_tables.order is not None,
+        "V_FEEDBACK": v_tables.order is not None, "HEADS_PADDED": triton.next_power_of_2(key.shape[2]),
+        "K_DIM_PADDED": triton.next_power_of_2(key.shape[3]), "V_DIM_PADDED": triton.next_power_of_2(value.shape[3]),
     }  # fmt: skip
-    return Launch(encode_kernel, (batch * tokens, 2), args, constants, warps=4)
+    # With feedback an error's last bit may tip a later channel's code: products are rounded as everywhere else.
+    fusion = k_tables.order is None and v_tables.order is None
+    return Launch(encode_kernel, (batch * tokens, 2), args, constants, warps=4, fusion=fusion)
+
+
+def _feedback_args(short: str, tables: EncodeTables, x: Tensor) -> dict[str, Tensor]:
+    """Tables of the feedback, and room for the codes of all tokens `x [B, t, H, D]`; any tensor where there is none."""
+    if tables.order is None or tables.matrix is None:
+        return dict.fromkeys((f"{short}_codes", f"{short}_order", f"{short}_matrix"), tables.fields)
+    codes = torch.empty(x.shape, dtype=torch.int16, device=x.device)
+    return {f"{short}_codes": codes, f"{short}_order": tables.order, f"{short}_matrix": tables.matrix}
 
 
 def _copies(quantizer: Quantizer, rows: dict[str, Tensor]) -> int:

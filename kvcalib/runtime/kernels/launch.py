@@ -18,6 +18,7 @@ class Launch:
         args: run-time arguments by name: tensors, ints, floats.
         constants: compile-time arguments by name.
         warps, registers, stages: how it is compiled; `registers` is the most that a thread may take.
+        fusion: whether a product and a sum may become one operation, with one rounding less.
     """
 
     kernel: Any
@@ -27,6 +28,7 @@ class Launch:
     warps: int
     registers: int | None = None
     stages: int = 1
+    fusion: bool = True
 
     def run(self) -> None:
         """Launch on the device of the tensors (in Triton's interpreter: here and now)."""
@@ -40,6 +42,7 @@ class Launch:
 
     def _start(self) -> None:
         how = {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        how["enable_fp_fusion"] = self.fusion
         self.kernel[self.grid](**self.args, **self.constants, **how)
 
 

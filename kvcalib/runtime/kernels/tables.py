@@ -87,12 +87,16 @@ class EncodeTables:
         centroids: `[E, S]` float32.
         weight: `[E]` float32.
         fields: `[W, 32, 4]` int32: element (-1: none), position in the code, mask, shift of each field of a word.
+        order: with error feedback `[H, D]` int32, the elements in the order in which each head rounds them; else None.
+        matrix: with error feedback `[H, D, D]` float32, see `Feedback`; else None.
     """
 
     middle: Tensor
     centroids: Tensor
     weight: Tensor
     fields: Tensor
+    order: Tensor | None
+    matrix: Tensor | None
 
 
 T = TypeVar("T")
@@ -150,7 +154,11 @@ def encode_tables(quantizer: Quantizer, device: torch.device) -> EncodeTables:
         centroids, middle = quantizer.codebook.tables(torch.device("cpu"))
         middle = torch.nn.functional.pad(middle, (0, 1), value=torch.inf)
         tensors = middle, centroids, quantizer.weight.float().flatten(), _word_fields(quantizer.layout)
-        return EncodeTables(*(t.contiguous().to(device) for t in tensors))
+        order = matrix = None
+        if quantizer.feedback is not None:
+            order, matrix = quantizer.feedback.tables(torch.device("cpu"))
+            order = (order + order.shape[1] * torch.arange(len(order))[:, None]).int()
+        return EncodeTables(*(t.contiguous().to(device) for t in tensors), _on(order, device), _on(matrix, device))
 
     return _once(build, (quantizer,), str(device))
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from kvcalib.model.angles import Angles
 from kvcalib.quant.codebook import Codebook
+from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.kernels.view import PackedView
+from tests.quant.test_feedback import curvature
 
 GROUPED = (8, 4, 3, 2, 1, 0, 5, 6, 7)
 
@@ -70,6 +72,13 @@ def make_quantizer(
     return Quantizer(codebook, Layout.build(widths, segment, order), relative, scope, outliers, weight)
 
 
+def add_feedback(*quantizers: Quantizer) -> None:
+    """Give them error feedback for a curvature of their own."""
+    for seed, quantizer in enumerate(quantizers):
+        widths = quantizer.layout.widths
+        quantizer.feedback = Feedback.from_curvature(curvature(*widths.shape, seed), widths)
+
+
 @dataclass
 class Case:
     """Shape and kind of a packed layer and of the queries that read it."""
@@ -97,6 +106,7 @@ class Case:
     room: int = 7
     base: float = 10000.0
     per_head: bool = False
+    feedback: bool = False
 
     def __str__(self):
         plain = Case()
@@ -161,6 +171,8 @@ def make_layer(case: Case, seed: int = 0) -> Layer:
     value_order = torch.arange(c.dim).expand(c.heads, -1)
     key = make_quantizer(False, c.key_bits, c.heads, c.dim, c.outliers, c.scope, key_order, seed + 1, c.segment)
     value = make_quantizer(True, c.value_bits, c.heads, c.dim, c.outliers, c.scope, value_order, seed + 2, c.segment)
+    if c.feedback:
+        add_feedback(key, value)
     exact = torch.bfloat16 if c.dtype == torch.bfloat16 else torch.float16
     total = c.length + c.recent
     keys = 2 * torch.randn(c.batch, total, c.heads, c.dim, generator=generator)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.runtime.kernels.layers import Case, make_angles, make_quantizer, order_of
+from tests.runtime.kernels.layers import Case, add_feedback, make_angles, make_quantizer, order_of
 
 CASES = [
     *[Case(key_bits=w, value_bits=w) for w in range(9)],
@@ -18,6 +18,9 @@ CASES = [
     Case(outliers=31, dim=32, heads=2),
     Case(outliers=63, dim=32, heads=2, scope="token", dtype=torch.float16),
     Case(dim=256, heads=2, scope="token", outliers=6),
+    Case(key_bits="free", value_bits="free", dim=48, heads=3, segment="row", feedback=True),
+    Case(key_bits="mixed", value_bits="mixed", scope="token", outliers=7, heads=3, dim=32, feedback=True),
+    Case(key_bits=1, value_bits=8, outliers=0, dim=16, heads=1, dtype=torch.bfloat16, feedback=True),
 ]
 
 
@@ -25,9 +28,12 @@ def quantizers(case):
     order = order_of(make_angles(case.dim), case.heads)
     plain = torch.arange(case.dim).expand(case.heads, -1)
     key = make_quantizer(False, case.key_bits, case.heads, case.dim, case.outliers, case.scope, order, 1, case.segment)
-    return key, make_quantizer(
+    value = make_quantizer(
         True, case.value_bits, case.heads, case.dim, case.outliers, case.scope, plain, 2, case.segment
     )
+    if case.feedback:
+        add_feedback(key, value)
+    return key, value
 
 
 def buffers(pair, exact, batch, tokens, device):
@@ -104,6 +110,8 @@ def residue_of(quantizer, rows, x):
         Case(outliers=0, heads=3, dtype=torch.float16),
         Case(outliers=0, heads=3, scope="token"),
         Case(outliers=0, heads=1),
+        Case(key_bits="free", value_bits="free", dim=16, heads=3, feedback=True),
+        Case(outliers=0, dim=16, heads=2, scope="token", dtype=torch.bfloat16, feedback=True),
     ],
     ids=str,
 )

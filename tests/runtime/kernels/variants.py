@@ -66,6 +66,11 @@ ENCODE = {
     "encode free widths, token scope": Case(**LLAMA, key_bits="free", value_bits="free", scope="token", outliers=3),
     "encode without outliers": Case(**LLAMA, outliers=0),
     "encode, residue": Case(**LLAMA),
+    "encode, feedback": Case(**LLAMA, **MIXED, feedback=True),
+    "encode, feedback, residue": Case(**LLAMA, **MIXED, feedback=True),
+    "encode free widths, token scope, no outliers, feedback": Case(
+        **{**LLAMA, "dim": 80}, key_bits="free", value_bits="free", scope="token", outliers=0, feedback=True
+    ),
     "encode free widths, token scope, residue": Case(
         **LLAMA, key_bits="free", value_bits="free", scope="token", outliers=3
     ),
