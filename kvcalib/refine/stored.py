@@ -69,24 +69,20 @@ class Centroids:
         return grouped.reshape(x.shape) + (wide - wide.detach())
 
     def error(self, x: Tensor) -> Tensor:
-        """Root mean square of what rounding takes from each channel of `x [N, H, D]`, in units of the codebook.
-
-        Of values, whose codebook is relative, it is taken within the range that their zero and scale span.
+        """Root mean square of what storing takes from each channel of `x [N, H, D]`, in units of the codebook.
 
         Returns:
-            float32 `[H * D]`.
+            float32 `[H * D]`; of values, whose codebook is relative, as a share of their group's scale.
         """
         quantizer = self.quantizer
         exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
         with torch.no_grad():
             rows = quantizer.encode(x, exact)
-            found = x.float().reshape(len(x), quantizer.groups, -1)
+            lost = (x.float() - quantizer.decode(rows)).view(len(x), quantizer.groups, -1)
             if quantizer.relative:
                 scale = rows["scale"].float()[..., None]
-                found = (found - rows["zero"].float()[..., None]) / torch.where(scale > 0, scale, 1.0)
-                found = found.clamp(-1, 1)
-            rounded = quantizer.codebook.decode(quantizer.layout.unpack(rows["words"]))
-            return (found.reshape(x.shape) - rounded).square().mean(0).sqrt().flatten()
+                lost = lost / torch.where(scale > 0, scale, 1.0)
+            return lost.view(len(x), -1).square().mean(0).sqrt()
 
     def settle(self, *beside: Tensor) -> None:
         """Put every channel's centroids in ascending order, within what an artifact holds, in place.
@@ -125,16 +121,18 @@ class StoredAttention:
 
     def attend(self, call: Call) -> AttentionOutput:
         """The model's own attention, over keys and values as stored."""
-        pair, sinks = self.layers[call.tap.layer], self.sinks[call.tap.layer]
-        key, value = self._read(call.key, pair["key"], sinks), self._read(call.value, pair["value"], sinks)
+        layer = call.tap.layer
+        key, value = self._read(call.key, layer, "key"), self._read(call.value, layer, "value")
         return call.plain(call.rotate_new(call.query), call.rotate_new(key), value)
 
-    def _read(self, x: Tensor, centroids: Centroids, sinks: int) -> Tensor:
+    def part(self, x: Tensor, layer: int) -> slice:
+        """Which tokens of `x [B, H, T, D]` are stored, and not exact."""
+        sinks = self.sinks[layer]
+        return slice(sinks, max(sinks, x.shape[2] - self.recent))
+
+    def _read(self, x: Tensor, layer: int, role: str) -> Tensor:
         """`x [B, H, T, D]` as attention reads it."""
-        batch, heads, tokens, dim = x.shape
-        last = max(sinks, tokens - self.recent)
-        part = x[:, :, sinks:last]
-        exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-        rows = part.transpose(1, 2).reshape(-1, heads, dim)
-        stored = centroids.stored(rows, exact).to(x.dtype).view(batch, last - sinks, heads, dim)
-        return torch.cat([x[:, :, :sinks], stored.transpose(1, 2), x[:, :, last:]], 2)
+        stored, exact = self.part(x, layer), torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+        rows = x[:, :, stored].transpose(1, 2)
+        back = self.layers[layer][role].stored(rows.flatten(0, 1), exact).to(x.dtype).view(rows.shape)
+        return torch.cat([x[:, :, : stored.start], back.transpose(1, 2), x[:, :, stored.stop :]], 2)

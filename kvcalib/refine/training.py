@@ -2,9 +2,9 @@
 
 The loss is the forward KL divergence KL(unquantized || quantized), summed over the positions of a batch, its gradient
 the one of `stored.py`, and every step one of Adam (Kingma and Ba, arXiv 1412.6980, beta .9 and .95). The steps are
-taken in units of each channel: a step of length 1 would move a centroid by the channel's root mean square rounding
-error, as the first batch shows it, so `lr` is a share of that. It decays to nothing along half a cosine. Every few
-steps held-out text is measured, and what counts in the end are the centroids that did best there.
+taken in units of each channel: a step of length 1 would move a centroid by the root mean square of what storing takes
+from its channel, as the first batch shows it, so `lr` is a share of that. It decays to nothing along half a cosine.
+Every few steps held-out text is measured, and what counts in the end are the centroids that did best there.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Refinement:
         return standing.step >= schedule.steps or since >= schedule.patience
 
     def begin(self) -> None:
-        """Look at every channel's rounding error, and at the held-out text for the first time."""
+        """Look at what storing takes from every channel, and at the held-out text for the first time."""
         ids = self._ids(self.training[self.schedule.batch(0, len(self.training))])
         errors = _Errors(self._handler)
         assert self._taps is not None
@@ -246,7 +246,7 @@ class Refinement:
 
 
 class _Errors:
-    """Handler that attends as `handler` does and notes every channel's root mean square rounding error.
+    """Handler that attends as `handler` does and notes what storing takes from every channel.
 
     Attributes:
         found: float32 `[H * D]` by name of the layer and role, in the units of its codebook.
@@ -263,6 +263,6 @@ class _Errors:
         """See the class."""
         layer = call.tap.layer
         for role, x in (("key", call.key), ("value", call.value)):
-            flat = x.transpose(1, 2).flatten(0, 1)
+            flat = x[:, :, self._handler.part(x, layer)].transpose(1, 2).flatten(0, 1)
             self.found[f"layers.{layer}.{role}"] = self._handler.layers[layer][role].error(flat)
         return self._handler.attend(call)

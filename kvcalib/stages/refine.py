@@ -49,7 +49,7 @@ class RefineSettings(ModelSettings):
     samples: int = Field(default=128, ge=1, description="Sequences to train on.")
     held_out: int = Field(default=16, ge=1, description="Sequences of the same source to measure on.")
     seq_len: int = Field(default=512, ge=2)
-    lr: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    lr: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     batch_size: int | None = Field(default=None, ge=1)
     every: int = Field(default=10, ge=1, description="Steps between two looks at the held-out text.")
     patience: int = Field(default=3, ge=1, description="Looks without a new best after which it ends.")

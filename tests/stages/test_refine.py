@@ -152,8 +152,8 @@ def test_killed_at_any_step_it_goes_on(home, tmp_path):
         steps = [n for n, (_, what) in enumerate(quiet.operations, 1) if what.endswith("refine/state.safetensors")]
         assert len(steps) == 5, "one at the start and one after every step"
         installed = next(n for n, (_, what) in enumerate(quiet.operations, 1) if what == "os.rename out")
-        # After two steps; half way through keeping the third; installed, and the state half removed.
-        for number in (steps[2] + 1, steps[3], installed + 2, quiet.done):
+        # Before the third step is kept; installed, and the state half removed.
+        for number in (steps[3], installed + 2, quiet.done):
             for path in work.iterdir():
                 (work / path.name).rename(tmp_path / f"{number}-{path.name}")
             ended = stem.run(*command, work=work, die=number)
