@@ -36,8 +36,8 @@ def refine(
     held_out: Annotated[int, typer.Option(min=1, help="Sequences after them, to measure on and never train on.")] = 16,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
     lr: Annotated[
-        float, typer.Option(help="Learning rate: of the first step, as a share of a channel's rounding error.")
-    ] = 0.1,
+        float, typer.Option(help="Learning rate: of the first step, as a share of what storing takes from a channel.")
+    ] = 0.05,
     every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the held-out text.")] = 10,
     patience: Annotated[int, typer.Option(min=1, help="Looks without a new best after which it ends.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the sequences, and of random crops.")] = 0,
