@@ -24,7 +24,7 @@ from tests.tiny import make_artifact, make_run, tiny_llama
 
 TRAINED, HELD_OUT, LENGTH = 12, 4, 24
 SETTINGS = {
-    "samples": TRAINED, "held_out": HELD_OUT, "seq_len": LENGTH, "steps": 4, "every": 2, "batch_size": 4, "lr": 0.02,
+    "samples": TRAINED, "held_out": HELD_OUT, "seq_len": LENGTH, "steps": 4, "every": 2, "batch_size": 4, "lr": 0.1,
 }  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("refine")
     model = tiny_llama(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48)
     save(model, home / "model")
-    make_artifact(home, model, key_bits=2, value_bits=2)
+    make_artifact(home, model, key_bits=2, value_bits=2, format="int")  # levels that were not fitted
     write_text(home / "data.jsonl", np.random.default_rng(0).integers(3, VOCABULARY, (TRAINED + HELD_OUT, LENGTH)))
     return home
 
@@ -87,7 +87,7 @@ def test_it_is_better_where_it_says_so(home, better):
     assert (record.kld_before, record.kld_after) == pytest.approx((before.kld, after.kld), rel=1e-4)
     assert record.kld_after < record.kld_before
     assert record.steps in (2, 4)
-    assert (record.lr, record.seed, record.data) == (0.02, 0, str(home / "data.jsonl"))
+    assert (record.lr, record.seed, record.data) == (0.1, 0, str(home / "data.jsonl"))
     assert record.fingerprint == hashlib.sha256(training.astype("<i8").tobytes()).hexdigest()
     assert record.held_out_fingerprint == hashlib.sha256(held_out.astype("<i8").tobytes()).hexdigest()
     assert not (home / "better.refine").exists()
@@ -161,7 +161,7 @@ def test_killed_at_any_step_it_goes_on(home, tmp_path):
             if number == steps[3]:
                 other = stem.run("refine", *command[1:4], *options(home, lr=0.05))
                 assert other.code == 4
-                assert "refine was started with lr=0.02, now 0.05" in other.err
+                assert "refine was started with lr=0.1, now 0.05" in other.err
             again = stem.ok(*command, work=work)
             assert tree(work) == expected, quiet.operations[number - 1]
             if number < installed:
