@@ -33,6 +33,10 @@ class NonFiniteActivations(InputError):
     """The model produced NaN or infinite keys, values, gradients or losses."""
 
 
+class NoGain(InputError):
+    """A refinement has not made the artifact better on held-out text."""
+
+
 class UnsupportedModel(KvcalibError):
     """The model's attention cannot be tapped exactly; the message says why."""
 

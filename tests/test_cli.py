@@ -39,6 +39,7 @@ COMMANDS = (
     "report",
     "tiers",
     "build",
+    "refine",
     "eval",
     "sweep",
     "inspect",

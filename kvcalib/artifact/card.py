@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kvcalib.artifact.manifest import Manifest, TensorSpec
+from kvcalib.artifact.manifest import Manifest, Refined, TensorSpec
 from kvcalib.errors import InputError
 from kvcalib.quant.quantizer import BYTE_INDEXED
 
@@ -51,6 +51,8 @@ def card(manifest: Manifest, measured: Measured | None = None, license: str | No
     key, value = manifest.mean_bits
     loss = sum(layer.key.predicted_loss + layer.value.predicted_loss for layer in manifest.layers)
     asked = f", {manifest.budget.asked:g} asked for" if manifest.budget is not None else ""
+    tuned = manifest.refined
+    refined = "" if tuned is None else f"\n| refined | {plain(refinement(tuned))} |"
     of_all = f"{len(manifest.layers)} of {manifest.model.num_hidden_layers}"
     revision = f" (revision {plain(manifest.model.revision)})" if manifest.model.revision else ""
     parts = [
@@ -64,8 +66,8 @@ def card(manifest: Manifest, measured: Measured | None = None, license: str | No
 | code width | keys {key:.2f}, values {value:.2f} bit, {fit.format} |
 | exact outliers | {exact_share(manifest)} % of a token's elements |
 | kept exact by default | first {manifest.runtime.sinks} and last {manifest.runtime.recent} tokens |
-| layers | {of_all} |
-| predicted loss | {loss:.5f} nats per token |
+| layers | {of_all} |{refined}
+| predicted loss | {loss:.5f} nats per token{"" if tuned is None else ", before it was refined"} |
 | made by | kvcalib {plain(manifest.producer.version)}, format version {manifest.format_version} |""",
         """## Use
 
@@ -100,6 +102,14 @@ solver, Q-Norm {"on" if fit.qnorm else "off"}. Error feedback: {"on" if manifest
         "`manifest.json` says everything else; kvcalib's `docs/artifact.md` specifies it.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def refinement(tuned: Refined) -> str:
+    """What `kvcalib refine` did to an artifact, in a line."""
+    return (
+        f"{tuned.steps} steps on {without_folders(tuned.data)}, held-out KLD {tuned.kld_before:.6f} before, "
+        f"{tuned.kld_after:.6f} after ({tuned.kld_after / tuned.kld_before - 1:+.1%})"
+    )
 
 
 def front_matter(manifest: Manifest, license: str | None = None) -> str:

@@ -142,6 +142,19 @@ class Budget(Record):
     planned: float = Field(gt=0, description="What the chosen widths take.")
 
 
+class Refined(Record):
+    """That the codebooks were tuned by gradient after they had been fitted; see `kvcalib refine --help`."""
+
+    steps: Positive = Field(description="Gradient steps behind these codebooks.")
+    data: str = Field(description="Where the text came from, as the user named it.")
+    fingerprint: Sha256 = Field(description="Of the token ids that were trained on.")
+    held_out_fingerprint: Sha256 = Field(description="Of the token ids that the divergences were measured on.")
+    kld_before: float = Field(gt=0, description="KL(unquantized || quantized) before, nats per token.")
+    kld_after: float = Field(ge=0, description="The same after.")
+    lr: float = Field(gt=0, description="Learning rate of the first step.")
+    seed: Count
+
+
 class TensorRecord(Record):
     """One tensor of `tensors.safetensors`."""
 
@@ -167,13 +180,15 @@ class Manifest(Record):
     fit: FitSettings
     runtime: RuntimeDefaults
     budget: Budget | None = Field(default=None, description="Absent if none was given. Informative.")
+    refined: Refined | None = Field(default=None, description="Absent if they were not. Informative.")
     layers: list[LayerSpec]
     tensors: dict[str, TensorRecord]
     files: dict[str, Sha256] = Field(description="sha256 of the artifact's other files.")
 
     def encode(self) -> bytes:
         """The bytes of `manifest.json`: these fields and their digest, one way of writing them only."""
-        body = self.model_dump(mode="json", exclude={"budget"} if self.budget is None else None)
+        unknown = {name for name in ("budget", "refined") if getattr(self, name) is None}
+        body = self.model_dump(mode="json", exclude=unknown)
         for layer in body["layers"]:
             if layer["friendliness"] is not None:
                 layer["friendliness"] = {n: v for n, v in layer["friendliness"].items() if v is not None}

@@ -9,9 +9,8 @@ Batches do not know of each other. Any process may do any of them, each into a `
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvcalib.calibration.collector import Collector
 from kvcalib.calibration.joining import NLL, join_parts
@@ -27,14 +25,12 @@ from kvcalib.calibration.part import Part
 from kvcalib.calibration.sample import Chosen, choose
 from kvcalib.calibration.statistics import Calibration, CalibrationInfo, LayerShape
 from kvcalib.errors import NonFiniteActivations
+from kvcalib.model.frozen import frozen
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.model.loading import input_device
-from kvcalib.model.offloaded import is_offloaded
 from kvcalib.model.rotary import Rotation
 from kvcalib.model.selftest import attention_layers
 from kvcalib.model.taps import Taps
-
-CHECKPOINT_TOKENS = 4096
 
 
 @dataclass
@@ -76,7 +72,12 @@ def run_batches(
     """
     collector = Collector(settings.window, attention_layers(model), part)
     device = input_device(model)
-    with Taps(model, collector, rotations), _prepared(model, settings, sequences.shape[1]), torch.enable_grad():
+    tokens = settings.batch_size * sequences.shape[1]
+    with (
+        Taps(model, collector, rotations),
+        frozen(model, tokens, settings.checkpointing),
+        torch.enable_grad(),
+    ):
         for done, batch in enumerate(batches, 1):
             start = batch * settings.batch_size
             rows = sequences[start : start + settings.batch_size]
@@ -145,34 +146,3 @@ def summed_nll(model: PreTrainedModel, ids: Tensor) -> Tensor:
     # Shifting the targets and not the logits spares the backward pass a copy of all logits.
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).to(logits.device)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-
-
-@contextlib.contextmanager
-def _prepared(model: PreTrainedModel, settings: PassSettings, length: int) -> Iterator[None]:
-    """Freeze the weights, and checkpoint long batches and offloaded weights; undone at the end."""
-    training = model.training
-    # By name: an offloaded parameter is a new object whenever its module has run.
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    model.requires_grad_(False)
-    model.eval()
-    checkpointing = settings.checkpointing
-    if checkpointing is None:
-        # Without it the backward pass would keep every offloaded weight that the forward pass has loaded.
-        needed = settings.batch_size * length > CHECKPOINT_TOKENS or is_offloaded(model)
-        checkpointing = needed and model.supports_gradient_checkpointing
-    if checkpointing:
-        # Stopped early, a layer's second run would leave its last module with its weight loaded.
-        how = {"use_reentrant": False, "early_stop": not is_offloaded(model)}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
-        # Checkpointing wants a layer in training mode; its children stay in eval mode, so dropout stays off.
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    try:
-        yield
-    finally:
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name in frozen)
-        model.train(training)

@@ -72,7 +72,7 @@ def print_checked(rows: list[Checked]) -> None:
 
 def print_manifest(manifest: Manifest) -> None:
     """An artifact: model, codes, calibration, and losses by layer."""
-    from kvcalib.artifact.card import exact_share
+    from kvcalib.artifact.card import exact_share, refinement
 
     key, value = manifest.mean_bits
     grid = Table.grid(padding=(0, 2))
@@ -85,6 +85,7 @@ def print_manifest(manifest: Manifest) -> None:
             "budget",
             "none" if asked is None else f"{asked.asked:g} effective bits, {asked.planned:.3f} in a long cache",
         ),
+        *([] if manifest.refined is None else [("refined", refinement(manifest.refined))]),
         ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
         ("rounding", "with error feedback" if manifest.feedback else "to the nearest centroid"),
         (

@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 
 from kvcalib.calibration.attention import BLOCK
-from kvcalib.calibration.fisher import CHECKPOINT_TOKENS
 from kvcalib.model.footprint import Dimensions
+from kvcalib.model.frozen import CHECKPOINT_TOKENS
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcalib.artifact.card import refinement
 from kvcalib.artifact.manifest import LayerSpec, Manifest, TensorSpec
 from kvcalib.calibration.statistics import CalibrationInfo
 from kvcalib.evaluation.comparison import Comparison, Interval, Row
@@ -253,6 +254,7 @@ def provenance(
             "sha256 of tensors": manifest.files.get("tensors.safetensors", ""),
             "codebooks": f"{manifest.fit.format}, keys per {manifest.fit.key_granularity}, values per "
             f"{manifest.fit.value_granularity}, weights {manifest.fit.weights}, {manifest.fit.solver} solver",
+            **({} if manifest.refined is None else {"refined": refinement(manifest.refined)}),
             "exact tokens": f"{manifest.runtime.sinks} sinks, {manifest.runtime.recent} recent",
             "layers": f"{len(manifest.layers)} of {manifest.model.num_hidden_layers} quantized",
         }

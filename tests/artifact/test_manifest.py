@@ -6,7 +6,7 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from kvcalib.artifact.manifest import Friendliness, Manifest, schema
+from kvcalib.artifact.manifest import Friendliness, Manifest, Refined, decode, schema
 from tests.artifact.test_store import ROOT, example, write
 
 
@@ -40,7 +40,7 @@ def test_real_manifest_fits(validator, body):
         lambda b: b["layers"][0]["key"].update(colour="red"),
         lambda b: b["layers"][0]["key"].update(mean_bits=9),
         lambda b: b["layers"][0]["key"].update(words="many"),
-        lambda b: b.update(format_version=3),
+        lambda b: b.update(format_version=4),
         lambda b: b.pop("digest"),
         lambda b: b.pop("model"),
         lambda b: b["calibration"].update(fingerprint="short"),
@@ -59,6 +59,20 @@ def test_encoding_is_canonical():
     assert raw == (json.dumps(body, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
     del body["digest"]
     assert Manifest.model_validate(body).encode() == raw
+
+
+def test_a_refinement_is_written_where_there_is_one(validator):
+    manifest, _ = example()
+    assert "refined" not in json.loads(manifest.encode())
+    refined = Refined(
+        steps=20, data="builtin", fingerprint="3" * 64, held_out_fingerprint="4" * 64, kld_before=0.02, kld_after=0.01,
+        lr=0.05, seed=0,
+    )  # fmt: skip
+    raw = manifest.model_copy(update={"refined": refined}).encode()
+    body = json.loads(raw)
+    assert body["refined"]["kld_after"] == 0.01
+    validator.validate(body)
+    assert decode(raw, body).refined == refined
 
 
 def befriended(**figures):

@@ -82,6 +82,8 @@ def base(seed: int = 0) -> tuple[Body, Arrays]:
         "fit": {"format": "nuq", "weights": "fisher_scale", "key_granularity": "channel", "value_granularity": "head",
                 "outliers": 0.01, "sinks": 0, "qnorm": False, "solver": "exact"},
         "runtime": {"sinks": 1, "recent": 2}, "budget": {"asked": 4.5, "planned": 4.4},
+        "refined": {"steps": 20, "data": "builtin", "fingerprint": "3" * 64, "held_out_fingerprint": "4" * 64,
+                    "kld_before": 0.02, "kld_after": 0.01, "lr": 0.1, "seed": 0},
         "layers": layers,
     }  # fmt: skip
     return body, arrays

@@ -155,6 +155,7 @@ def harmless_fields(body: Body, chance: random.Random) -> None:
                 layer[role]["outliers"] = chance.randrange(groups)
     elif action == 3:
         body.pop("budget", None)
+        body.pop("refined", None)
     elif action == 4:
         body["layers"][1]["friendliness"] = chance.choice(
             [None, {"key_error": 0.0, "value_error": 1e300, "share": 1e-9}]

@@ -114,9 +114,13 @@ TOP: dict[str, Check] = {
     }) for y in x.values()),
     "files": lambda x: fields(x, {"tensors.safetensors": text(HASH), "README.md": text(HASH)}),
 }  # fmt: skip
-BUDGET: dict[str, Check] = {
-    "budget": lambda x: fields(x, {"asked": real(0, above=True), "planned": real(0, above=True)})
-}
+MAY: dict[str, Check] = {
+    "budget": lambda x: fields(x, {"asked": real(0, above=True), "planned": real(0, above=True)}),
+    "refined": lambda x: fields(x, {
+        "steps": integer(1), "data": text(), "fingerprint": text(HASH), "held_out_fingerprint": text(HASH),
+        "kld_before": real(0, above=True), "kld_after": real(0), "lr": real(0, above=True), "seed": integer(0),
+    }),
+}  # fmt: skip
 
 
 def fault(folder: Path) -> str | None:
@@ -178,9 +182,9 @@ def read_manifest(raw: bytes) -> dict[str, Any]:
     need(render(body) == raw, "encoding")
     rest = {name: value for name, value in body.items() if name != "digest"}
     need(hashlib.sha256(render(rest)).hexdigest() == body.get("digest"), "digest")
-    for name, check in (TOP | BUDGET).items():
-        need(check(body[name]) if name in body else name in BUDGET, f"field {name}")
-    need(set(body) <= set(TOP | BUDGET), "unknown field")
+    for name, check in (TOP | MAY).items():
+        need(check(body[name]) if name in body else name in MAY, f"field {name}")
+    need(set(body) <= set(TOP | MAY), "unknown field")
     names = {
         f"layers.{layer['index']}.{role}.{name}"
         for layer in body["layers"]

@@ -1,0 +1,1 @@
+"""Codebooks tuned by gradient on the divergence that they cause."""
