@@ -1,8 +1,8 @@
 """What storage would show, computed in floats: `bench/ideas.py` puts it in place of keys and values.
 
-`Scalar` is the quantizer of a layer's keys or values without outliers, as `quant/quantizer.py` has it, with a linear map
-of each head before rounding and back after it. `replay` runs a model on it: each sequence in one pass, every token as
-stored.
+`Scalar` is the quantizer of a layer's keys or values without outliers, as `quant/quantizer.py` has it, with a linear
+map of each head before rounding and back after it. `replay` runs a model on it: each sequence in one pass, every token
+as stored.
 """
 
 from __future__ import annotations
