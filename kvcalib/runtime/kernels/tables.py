@@ -153,12 +153,13 @@ def encode_tables(quantizer: Quantizer, device: torch.device) -> EncodeTables:
     def build() -> EncodeTables:
         centroids, middle = quantizer.codebook.tables(torch.device("cpu"))
         middle = torch.nn.functional.pad(middle, (0, 1), value=torch.inf)
-        tensors = middle, centroids, quantizer.weight.float().flatten(), _word_fields(quantizer.layout)
         order = matrix = None
         if quantizer.feedback is not None:
             order, matrix = quantizer.feedback.tables(torch.device("cpu"))
             order = (order + order.shape[1] * torch.arange(len(order))[:, None]).int()
-        return EncodeTables(*(t.contiguous().to(device) for t in tensors), _on(order, device), _on(matrix, device))
+        weight, fields = quantizer.weight.float().flatten(), _word_fields(quantizer.layout)
+        middle, centroids, weight, fields = (t.contiguous().to(device) for t in (middle, centroids, weight, fields))
+        return EncodeTables(middle, centroids, weight, fields, _on(order, device), _on(matrix, device))
 
     return _once(build, (quantizer,), str(device))
 
