@@ -7,8 +7,8 @@ Artifacts of three budgets and adaptive widths are made first, or taken from `--
 tokens and logits are kept. noise: the same once more on memory full of noise, which must change nothing. run: one long
 process attaches one way after the other, at random; each serves a few operations, among them threads
 (`soak_threads.py`). One of `--every` operations, and all in threads, repeat a kept case and must give the same bits;
-the others have prompts, lengths and batches of their own. Between two attachments, at rest, memory and live objects are
-counted (`soak_meter.py`).
+the others have prompts, lengths and batches of their own. Between two attachments, at rest, bytes in use, resident
+memory and live objects are counted (`soak_meter.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from soak_fresh import difference, digests, name_of, references
-from soak_meter import COUNTS, Meter
+from soak_meter import COUNTS, KINDS, Meter
 from soak_modes import MODES, WAYS, Bed, Found, use
 from soak_threads import PARALLEL, side_by_side
 
@@ -124,8 +124,9 @@ class Soak:
             "operations": self.done.total(), "by_mode": dict(self.done), "attached": dict(self.attached),
             "compared": dict(self.compared), "other_bits": self.other_bits, "measured": measured,
             "holds": {
-                "memory is flat": measured["memory"] == "flat",
-                "no kind of object grows": measured["memory"] != "unclear" and not measured["grown"],
+                "bytes in use are flat": measured["memory"]["in_use"] == "flat",
+                "resident memory is flat": measured["memory"]["settled"] == "flat",
+                "no kind of object grows": measured["slopes"]["in_use_per_hour"] is not None and not measured["grown"],
                 "bits of a fresh process": not self.other_bits and self.compared.total() > 0,
             },
             "samples": self.meter.columns(),
@@ -179,7 +180,7 @@ def show(everything: dict[str, Any], console: Console) -> None:
     table = Table(title=f"at rest, {len(late)} samples of the last two thirds")
     for name in ("what", "first", "least", "most", "last"):
         table.add_column(name, justify="left" if name == "what" else "right", no_wrap=True)
-    for name in ("settled", "raw", *COUNTS):
+    for name in (*KINDS, *COUNTS):
         mine = [samples[name][i] for i in late]
         table.add_row(name, *(f"{x:.0f}" for x in (mine[0], min(mine), max(mine), mine[-1])))
     console.print(table)
@@ -188,7 +189,10 @@ def show(everything: dict[str, Any], console: Console) -> None:
         for name, fit in measured["slopes"].items()
         if fit is not None
     ]
-    lines.append(f"memory: {measured['memory']}; flat is less than {measured['limit_per_hour']:.0f} bytes an hour")
+    lines += [
+        f"{name}: {measured['memory'][name]}; flat is surely less than {limit:.0f} bytes an hour"
+        for name, limit in measured["limits_per_hour"].items()
+    ]
     lines += [f"grew: {row['what']} from {row['before']:g} to {row['after']:g}" for row in measured["grown"]]
     lines += [f"other bits: {row}" for row in body["other_bits"][:20]]
     lines += [f"{'PASS' if holds else 'FAIL'}  {claim}" for claim, holds in body["holds"].items()]
