@@ -61,7 +61,7 @@ def test_a_few_seconds_of_it(bench, folder):
     done = subprocess.run(
         [sys.executable, str(BENCH / "soak.py"), "--model", str(folder / "model"), "--run", str(folder),
          "--minutes", "0.02", "--rounds", "3", "--threads", "1", "--every", "1", "--json", str(written),
-         "--parts", "run", "--ways", *ways, "--modes", *modes],
+         "--parts", "run", "control", "--ways", *ways, "--modes", *modes],
         cwd=BENCH.parent, env=os.environ | {"PYTHONPATH": str(BENCH.parent)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -84,11 +84,18 @@ def test_a_few_seconds_of_it(bench, folder):
         own + mapped <= settled
         for own, mapped, settled in zip(*(samples[n] for n in ("own", "mapped", "settled")), strict=True)
     )
+    control = whole["control"]
+    assert control["cases"] == 2
+    assert set(control["attached"]) == {"plain"}
+    assert set(control["by_mode"]) <= {*modes[:2], *bench.PARALLEL}
+    assert sum(control["compared"].values()) > 0
+    assert control["other_bits"] == []
     said = io.StringIO()
     bench.show(whole, bench.Console(file=said))
     assert "6 cases, other bits in none" in said.getvalue()
     assert "FAIL  resident memory is flat" in said.getvalue()
-    assert "PASS  bits of a fresh process" in said.getvalue()
+    assert said.getvalue().count("PASS  bits of a fresh process") == 2
+    assert "control, nothing attached" in said.getvalue()
 
 
 def test_other_bits_are_reported(bench, folder, tmp_path):
