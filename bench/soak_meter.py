@@ -115,6 +115,8 @@ def slope(x: list[float], y: list[float]) -> dict[str, float] | None:
     if len(x) < 2 * BLOCKS:
         return None
     means = [[float(np.mean(part)) for part in np.array_split(np.array(v, np.float64), BLOCKS)] for v in (x, y)]
+    if len(set(means[1])) == 1:  # whose regression has no error to speak of, nor has scipy a number for it
+        return {"slope": 0.0, "low": 0.0, "high": 0.0}
     found = stats.linregress(*means)
     half = float(stats.t.ppf(0.975, BLOCKS - 2) * found.stderr)
     return {"slope": float(found.slope), "low": float(found.slope) - half, "high": float(found.slope) + half}

@@ -134,6 +134,12 @@ def test_the_verdict_follows_the_slope(meter, kind, verdict):
     assert meter.slope(list(hours[:20]), list(values[:20])) is None
 
 
+def test_what_does_not_change_at_all_is_flat(meter):
+    found = meter.slope([float(i) for i in range(50)], [298899456.0] * 50)
+    assert found == {"slope": 0, "low": 0, "high": 0}
+    assert meter.judge(found, 1e6) == "flat"
+
+
 def test_the_interval_holds_what_it_says(meter):
     """Of many runs without growth, 95 % of the intervals hold 0."""
     rng = np.random.default_rng(1)
