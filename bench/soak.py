@@ -7,8 +7,9 @@ Artifacts of three budgets and adaptive widths are made first, or taken from `--
 tokens and logits are kept. noise: the same once more on memory full of noise, which must change nothing. run: one long
 process attaches one way after the other, at random; each serves a few operations, among them threads
 (`soak_threads.py`). One of `--every` operations, and all in threads, repeat a kept case and must give the same bits;
-the others have prompts, lengths and batches of their own. Between two attachments, at rest, memory and live objects are
-counted (`soak_meter.py`).
+the others have prompts, lengths and batches of their own. Between two attachments, at rest, bytes in use, resident
+memory and live objects are counted (`soak_meter.py`). control: the long process once more with nothing attached, in the
+modes that need no attachment: what torch and transformers keep by themselves.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from soak_fresh import difference, digests, name_of, references
-from soak_meter import COUNTS, Meter
-from soak_modes import MODES, WAYS, Bed, Found, use
+from soak_meter import COUNTS, KINDS, Meter
+from soak_modes import ATTACHED, MODES, PLAIN, WAYS, Bed, Found, use
 from soak_threads import PARALLEL, side_by_side
 
 from kvcalib.evaluation.provenance import machine, now, versions
@@ -42,7 +43,7 @@ from kvcalib.stages import allocate, build, fisher, fit_nuq, friendliness, tiers
 from kvcalib.stages.dial import budget_of
 
 BITS = {"lowest": 1.5, "low": 2.5, "middle": 3.0, "high": 4.0}
-PARTS = ("noise", "run")
+PARTS = ("noise", "run", "control")
 REST = 8.0
 """Seconds between two samples at rest."""
 
@@ -124,8 +125,9 @@ class Soak:
             "operations": self.done.total(), "by_mode": dict(self.done), "attached": dict(self.attached),
             "compared": dict(self.compared), "other_bits": self.other_bits, "measured": measured,
             "holds": {
-                "memory is flat": measured["memory"] == "flat",
-                "no kind of object grows": measured["memory"] != "unclear" and not measured["grown"],
+                "bytes in use are flat": measured["memory"]["in_use"] == "flat",
+                "resident memory is flat": measured["memory"]["settled"] == "flat",
+                "no kind of object grows": measured["slopes"]["in_use_per_hour"] is not None and not measured["grown"],
                 "bits of a fresh process": not self.other_bits and self.compared.total() > 0,
             },
             "samples": self.meter.columns(),
@@ -138,35 +140,50 @@ def soak(options: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     make_artifacts(options.run, options.model, load_model(options.model))
-    kept = options.run / "fresh"
-    expected = references(options, kept)
     body = before | {
         "bench": "soak", "model": Path(options.model).name, "machine": machine(), "versions": versions(), "bits": BITS,
-        "ways": {way: WAYS[way] for way in options.ways},
     }  # fmt: skip
+    kept = options.run / "fresh"
+    if {"noise", "run"} & set(options.parts):
+        expected = references(options, kept)
+        body["ways"] = {way: WAYS[way] for way in options.ways}
     if "noise" in options.parts:
         noisy = references(options, options.run / "noise", noise=True)
         others = [name for name, found in noisy.items() if found != expected[name]]
         body["noise"] = {"date": now(), "cases": len(noisy), "other_bits": others}
     if "run" in options.parts:
-        beds = [Bed(load_model(options.model), options.run, options.scale) for _ in range(3)]
-        long = Soak(options, beds, kept, expected)
-        began, cpu = now(), time.process_time()
-        long.run(60 * options.minutes)
-        named = ("minutes", "threads", "every", "seeds", "scale", "seed", "modes")
-        about = {"date": began, "cpu_seconds": time.process_time() - cpu, "cases": len(expected)}
-        body["run"] = about | {name: getattr(options, name) for name in named} | long.report()
+        body["run"] = long_run(options, kept, expected)
+    if "control" in options.parts:
+        modes = [mode for mode in options.modes if mode not in ATTACHED]
+        plain = argparse.Namespace(**vars(options) | {"ways": [PLAIN], "modes": modes})
+        kept = options.run / "plain"
+        body["control"] = long_run(plain, kept, references(plain, kept))
     return body
+
+
+def long_run(options: argparse.Namespace, kept: Path, expected: dict[str, dict[str, str]]) -> dict[str, Any]:
+    beds = [Bed(load_model(options.model), options.run, options.scale) for _ in range(3)]
+    long = Soak(options, beds, kept, expected)
+    began, cpu = now(), time.process_time()
+    long.run(60 * options.minutes)
+    named = ("minutes", "threads", "every", "seeds", "scale", "seed", "modes")
+    about = {"date": began, "cpu_seconds": time.process_time() - cpu, "cases": len(expected)}
+    return about | {name: getattr(options, name) for name in named} | long.report()
 
 
 def show(everything: dict[str, Any], console: Console) -> None:
     if "noise" in everything:
         found = everything["noise"]
         console.print(f"memory full of noise: {found['cases']} cases, other bits in {found['other_bits'] or 'none'}")
-    body = everything.get("run")
-    if body is None:
-        return
-    table = Table(title=f"soak, {everything['model']}, {body['minutes']:g} minutes; {everything['machine']}")
+    for name in ("run", "control"):
+        if name in everything:
+            show_run(everything, name, console)
+
+
+def show_run(everything: dict[str, Any], part: str, console: Console) -> None:
+    body = everything[part]
+    title = "soak" if part == "run" else "control, nothing attached"
+    table = Table(title=f"{title}, {everything['model']}, {body['minutes']:g} minutes; {everything['machine']}")
     for name in ("mode", "operations", "compared", "other bits"):
         table.add_column(name, justify="left" if name == "mode" else "right", no_wrap=True)
     wrong = Counter(row["where"] for row in body["other_bits"])
@@ -179,7 +196,7 @@ def show(everything: dict[str, Any], console: Console) -> None:
     table = Table(title=f"at rest, {len(late)} samples of the last two thirds")
     for name in ("what", "first", "least", "most", "last"):
         table.add_column(name, justify="left" if name == "what" else "right", no_wrap=True)
-    for name in ("settled", "raw", *COUNTS):
+    for name in (*KINDS, *COUNTS):
         mine = [samples[name][i] for i in late]
         table.add_row(name, *(f"{x:.0f}" for x in (mine[0], min(mine), max(mine), mine[-1])))
     console.print(table)
@@ -188,7 +205,10 @@ def show(everything: dict[str, Any], console: Console) -> None:
         for name, fit in measured["slopes"].items()
         if fit is not None
     ]
-    lines.append(f"memory: {measured['memory']}; flat is less than {measured['limit_per_hour']:.0f} bytes an hour")
+    lines += [
+        f"{name}: {measured['memory'][name]}; flat is surely less than {limit:.0f} bytes an hour"
+        for name, limit in measured["limits_per_hour"].items()
+    ]
     lines += [f"grew: {row['what']} from {row['before']:g} to {row['after']:g}" for row in measured["grown"]]
     lines += [f"other bits: {row}" for row in body["other_bits"][:20]]
     lines += [f"{'PASS' if holds else 'FAIL'}  {claim}" for claim, holds in body["holds"].items()]
@@ -208,7 +228,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="kept cases of each way and mode")
     parser.add_argument("--scale", type=int, default=1, help="factor on all lengths")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the others stay in the JSON")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["noise", "run"], help="the others stay in the JSON"
+    )
     parser.add_argument("--run", type=Path, default=Path("artifacts/bench-soak"), help="artifacts, kept for next time")
     parser.add_argument("--show", action="store_true", help="print what the JSON holds and measure nothing")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "soak.json")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from soak_modes import MODES, WAYS, Bed, Found, use
+from soak_modes import MODES, PLAIN, WAYS, Bed, Found, use
 
 from kvcalib.files import hash_tensor
 from kvcalib.model.loading import load_model
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model")
     for name in ("threads", "scale", "seeds"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, PLAIN])
     parser.add_argument("--modes", nargs="+", choices=list(MODES))
     options = parser.parse_args()
     # Loaded here, once, in one thread, and never run: a team of threads would not survive the fork.

@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "stream": {"bits": "low", "keep": 24, "streaming": True, "policy": "window"},
 }
 """Settings of `attach`; `bits` names an artifact's folder."""
+PLAIN = "plain"
+"""The control: nothing attached, transformers' own cache."""
 
 
 class Bed:
@@ -65,6 +67,8 @@ class Bed:
         return made
 
     def attach(self, way: str, keep: bool = False, rotations: Any = None) -> None:
+        if way == PLAIN:
+            return
         settings = dict(WAYS[way])
         artifact = self.artifact(settings.pop("bits"), keep)
         if "adaptive" in settings:
@@ -72,11 +76,12 @@ class Bed:
         self.attachment = kvcalib.attach(self.model, artifact, rotations=rotations, **settings)
 
     def detach(self) -> None:
-        kvcalib.detach(self.model)
+        if self.attachment is not None:
+            kvcalib.detach(self.model)
         self.attachment = None
 
-    def cache(self) -> PackedCache:
-        return self.attachment.make_cache()
+    def cache(self) -> PackedCache | DynamicCache:
+        return DynamicCache(config=self.model.config) if self.attachment is None else self.attachment.make_cache()
 
     def prompt(self, dice: random.Random, rows: int = 1, least: int = 12, most: int = 40) -> Found:
         """Left-padded rows of different length."""
@@ -257,6 +262,9 @@ MODES: dict[str, Callable[[Bed, random.Random], Found]] = {
     "one pass": one_pass, "bypass": bypassed, "interrupted": interrupted,
     "a model dropped": dropped,
 }  # fmt: skip
+
+ATTACHED = ("save and load", "caches of two artifacts", "bypass", "interrupted", "a model dropped")
+"""Modes that make no sense of a model with nothing attached."""
 
 
 def use(bed: Bed, mode: str, seed: int) -> Found:

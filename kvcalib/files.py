@@ -35,6 +35,7 @@ DTYPES = {dtype: name for name, dtype in TYPES.items()}
 """What a safetensors file calls a type."""
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)
 """What file systems say that cannot put a folder onto the disk."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{1,8}\.(?P<kind>tmp|old)", re.DOTALL)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -118,12 +119,17 @@ def remove_leftovers(folder: Path, name: str | None = None, kind: str = "tmp") -
 
 def leftovers(folder: Path, name: str | None = None, kind: str = "tmp") -> list[Path]:
     """Temporary files and folders in `folder` whose writers are dead; of `name`, or of all."""
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{1,8}}\.{kind}")
     try:
-        found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+        found = [path for path in folder.iterdir() if _is_temporary(path.name, name, kind)]
     except OSError:
         return []
     return sorted(path for path in found if _abandoned(path))
+
+
+def _is_temporary(found: str, name: str | None, kind: str) -> bool:
+    # One pattern for all names: `re` would keep the last 512 that it compiled.
+    parts = _TEMPORARY.fullmatch(found)
+    return parts is not None and parts["kind"] == kind and name in (None, parts["name"])
 
 
 def _abandoned(path: Path) -> bool:

@@ -20,7 +20,7 @@ from kvcalib.stages import build, tiers
 from tests.tiny import make_run, tiny_llama
 
 BENCH = Path(__file__).parents[1] / "bench"
-NAMES = ("soak", "soak_fresh", "soak_meter", "soak_modes", "soak_threads")
+NAMES = ("soak", "soak_fresh", "soak_memory", "soak_meter", "soak_modes", "soak_threads")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_few_seconds_of_it(bench, folder):
     done = subprocess.run(
         [sys.executable, str(BENCH / "soak.py"), "--model", str(folder / "model"), "--run", str(folder),
          "--minutes", "0.02", "--rounds", "3", "--threads", "1", "--every", "1", "--json", str(written),
-         "--parts", "run", "--ways", *ways, "--modes", *modes],
+         "--parts", "run", "control", "--ways", *ways, "--modes", *modes],
         cwd=BENCH.parent, env=os.environ | {"PYTHONPATH": str(BENCH.parent)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -78,13 +78,24 @@ def test_a_few_seconds_of_it(bench, folder):
     assert set(samples["caches"]) == {0}
     assert len(set(samples["hooks"])) == len(set(samples["files"])) == 1
     # Too few samples for a slope.
-    assert body["measured"]["memory"] == "unclear"
-    assert not body["holds"]["memory is flat"]
+    assert body["measured"]["memory"] == {"in_use": "unclear", "settled": "unclear"}
+    assert not body["holds"]["bytes in use are flat"]
+    assert all(
+        own + mapped <= settled
+        for own, mapped, settled in zip(*(samples[n] for n in ("own", "mapped", "settled")), strict=True)
+    )
+    control = whole["control"]
+    assert control["cases"] == 2
+    assert set(control["attached"]) == {"plain"}
+    assert set(control["by_mode"]) <= {*modes[:2], *bench.PARALLEL}
+    assert sum(control["compared"].values()) > 0
+    assert control["other_bits"] == []
     said = io.StringIO()
     bench.show(whole, bench.Console(file=said))
     assert "6 cases, other bits in none" in said.getvalue()
-    assert "FAIL  memory is flat" in said.getvalue()
-    assert "PASS  bits of a fresh process" in said.getvalue()
+    assert "FAIL  resident memory is flat" in said.getvalue()
+    assert said.getvalue().count("PASS  bits of a fresh process") == 2
+    assert "control, nothing attached" in said.getvalue()
 
 
 def test_other_bits_are_reported(bench, folder, tmp_path):
@@ -123,6 +134,12 @@ def test_the_verdict_follows_the_slope(meter, kind, verdict):
     assert meter.slope(list(hours[:20]), list(values[:20])) is None
 
 
+def test_what_does_not_change_at_all_is_flat(meter):
+    found = meter.slope([float(i) for i in range(50)], [298899456.0] * 50)
+    assert found == {"slope": 0, "low": 0, "high": 0}
+    assert meter.judge(found, 1e6) == "flat"
+
+
 def test_the_interval_holds_what_it_says(meter):
     """Of many runs without growth, 95 % of the intervals hold 0."""
     rng = np.random.default_rng(1)
@@ -130,6 +147,37 @@ def test_the_interval_holds_what_it_says(meter):
     found = [meter.slope(hours, list(rng.normal(size=120))) for _ in range(400)]
     inside = sum(f["low"] < 0 < f["high"] for f in found)
     assert 366 <= inside <= 394
+
+
+def test_bytes_in_use_are_what_was_asked_for(bench):
+    """Told apart from resident memory: a block that nobody has written to, then one that was freed."""
+    memory = sys.modules["soak_memory"]
+    memory.settle()
+    before, resident = memory.parts(), memory.resident()
+    block = torch.empty(64 << 20, dtype=torch.uint8)
+    with_it = memory.parts()
+    assert with_it["in_use"] - before["in_use"] == pytest.approx(64 << 20, abs=1 << 16)
+    assert memory.resident() - resident < 16 << 20
+    block.fill_(1)
+    assert memory.parts()["own"] - before["own"] > 60 << 20
+    del block
+    memory.settle()
+    assert abs(memory.parts()["in_use"] - before["in_use"]) < 1 << 16
+    blocks = memory.parts()["blocks"]
+    kept = [object() for _ in range(5000)]
+    assert memory.parts()["blocks"] - blocks == pytest.approx(len(kept), abs=500)
+
+
+def test_the_meter_does_not_see_itself(bench, meter):
+    """Many types make a sample large; it must not stay."""
+    kept = [type(f"AKindOfObjectWithALongName{i}", (), {}) for i in range(1000)]
+    seen = meter.Meter(())
+    kept = [kind() for kind in kept]
+    for operation in range(60):
+        seen.sample(operation)
+    in_use = seen.columns()["in_use"][20:]
+    assert len(kept) == 1000
+    assert (in_use[-1] - in_use[0]) / len(in_use) < 2000
 
 
 def test_what_is_kept_is_named(bench, meter, monkeypatch):

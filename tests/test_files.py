@@ -1,8 +1,10 @@
 """Files that are written whole or not at all."""
 
 import errno
+import gc
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -171,6 +173,19 @@ def test_leftovers_of_the_dead_go_and_of_the_living_stay(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.b.0123abcd.tmp", ".a.mine.tmp", "a"]
     remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".a.mine.tmp", "a"]
+
+
+def test_many_names_leave_no_patterns_behind(tmp_path):
+    """A server saves caches under names of their own."""
+
+    def patterns():
+        return sum(type(x) is re.Pattern for x in gc.get_objects())
+
+    write_bytes(tmp_path / "first", b"")
+    before = patterns()
+    for number in range(30):
+        write_bytes(tmp_path / f"cache.{number} (of 30)+", b"")
+    assert patterns() == before
 
 
 def test_device_is_written_to_and_not_replaced(tmp_path):

@@ -13,6 +13,10 @@ The attention that tokens drew: raw scores are kept while tiles pass, and weighe
 
 Arguments come as one row of numbers, `CALL`, mostly addresses: a compiled function that takes fifty arrays spends more
 time on taking them than a short context takes.
+
+Everything is inlined into the two functions that are called (`forceinline`). A call within compiled code goes by a weak
+symbol: the process that compiled would run the helper as it was optimised alone, a process that reads numba's cache the
+copy that was optimised once more with its caller, and sums that may be reordered differ in their last bits.
 """
 
 from __future__ import annotations
@@ -112,7 +116,7 @@ def _integers(address: Any, shape: Any) -> Any:
     return numba.carray(pointer(address), shape, dtype=np.int64)  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def _index(address: Any, short: Any, i: Any) -> Any:
     """The i-th outlier index."""
     if short:
@@ -120,7 +124,7 @@ def _index(address: Any, short: Any, i: Any) -> Any:
     return np.int64(numba.carray(pointer(address), 1 << 40, dtype=np.int16)[i])  # type: ignore[call-arg]
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def _tables(
     heads: Any, dim: Any, used: Any, most: Any, amount: Any, fields: Any, count: Any, narrow: Any, centroids: Any,
     levels: Any,
@@ -135,7 +139,7 @@ def _tables(
     )
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def _ready(call: Any, batch: Any, head: Any, position: Any, angles: Any, query: Any) -> None:
     """The query rows of one kv head `[G * Q, D]`: channels in the plan's order, scaled, rotated where they are not."""
     heads = call.kv_heads * (call.rows // call.queries)
@@ -160,7 +164,7 @@ def _ready(call: Any, batch: Any, head: Any, position: Any, angles: Any, query: 
             query[m] = one[0]
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def _attend(call: Any, batch: Any, head: Any, split: Any) -> None:
     """One split of one row and kv head; the last split takes the recent window too."""
     rows, head_dim, value_dim = call.rows, call.head_dim, call.value_dim
@@ -311,7 +315,7 @@ def _attend(call: Any, batch: Any, head: Any, split: Any) -> None:
         fold(scores, n, zero, scale, values[:value_dim], weighted, peaks, norms, sums)
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def _join(call: Any, batch: Any, head: Any) -> None:
     """Join the splits of one row and kv head into `out [B, Q, Hq, Dv]`; query rows that saw nothing give zeros."""
     rows, splits, heads, count, dim = call.rows, call.splits, call.kv_heads, call.queries, call.value_dim

@@ -95,7 +95,7 @@ def _exp(x: Any) -> Any:
     return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def look_up(head: Any, rows: Any, step: Any, n: Any, tables: Any, turned: Any, codes: Any, tile: Any) -> None:
     """Decode `n` tokens of one head into `tile [D, 64]`.
 
@@ -124,7 +124,7 @@ def look_up(head: Any, rows: Any, step: Any, n: Any, tables: Any, turned: Any, c
             out[t] = levels[codes[t]]
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def turn(x: Any, out: Any, position: Any, sign: Any, angles: Any) -> None:
     """`out = R(sign * position) x`, both `[M, D]` in pair order; position >= 0.
 
@@ -142,7 +142,7 @@ def turn(x: Any, out: Any, position: Any, sign: Any, angles: Any) -> None:
             out[m, 2 * p + 1] = second * cos + first * sin
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def turn_keys(flat: Any, turn: Any, dim: Any) -> None:
     """Rotate `flat [D * 64]`, pairs of rows, in place by `turn [P * 2 * 64]`, a row of cosines and one of sines each.
 
@@ -217,7 +217,7 @@ def _turn_four(_: Any, flat: Any, cos: Any, sin: Any, place: Any, p: Any, t: Any
     return types.void(flat, cos, sin, place, types.int64, types.int64), generate
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def turn_keys_by(flat: Any, cos: Any, sin: Any, place: Any, dim: Any) -> None:
     """Rotate `flat [D * 64]` in place, token t's pairs by the P cosines and sines from `place[t]` on, int64 `[64]`."""
     pairs = dim // 2
@@ -264,7 +264,7 @@ def _add_angles(_: Any, angles: Any, b: Any, a: Any, cos: Any, sin: Any, at: Any
     return types.void(angles, types.int64, types.int64, cos, sin, types.int64), generate
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def far_angles(place: Any, angles: Any, cos: Any, sin: Any) -> None:
     """Cosines and sines of 64 positions >= 0 into `cos`, `sin [64 * P]`; `place` becomes where each token's begin."""
     fine, fine_sin, coarse, coarse_sin = angles
@@ -279,7 +279,7 @@ def far_angles(place: Any, angles: Any, cos: Any, sin: Any) -> None:
         place[t] = at
 
 
-@numba.njit(nogil=True)
+@numba.njit(nogil=True, forceinline=True)
 def relative(position: Any, step: Any, start: Any, n: Any, place: Any) -> Any:
     """Positions `position[step * (start + t)]` of `n` tokens relative to the smallest, into `place [64]` int64.
 
@@ -305,14 +305,14 @@ def relative(position: Any, step: Any, start: Any, n: Any, place: Any) -> Any:
     return lowest, highest, follow
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def weigh(raw: Any, base: Any, share: Any, out: Any) -> None:
     """`out [T] += share * e^(raw - base)` of scores `raw [T]` that are not masked; `base` is none of them exceeds."""
     for t in range(out.shape[0]):
         out[t] += _exp(raw[t] - base) * share if raw[t] > NOTHING / 2 else np.float32(0.0)
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def score(query: Any, keys: Any, scores: Any) -> None:
     """`scores [M, 64] = query [M, D] @ keys [D, 64]`; four channels at a time, D is even."""
     for m in range(query.shape[0]):
@@ -330,7 +330,7 @@ def score(query: Any, keys: Any, scores: Any) -> None:
                 out[t] += qx * x[t]
 
 
-@numba.njit(fastmath=FLAGS, nogil=True)
+@numba.njit(fastmath=FLAGS, nogil=True, forceinline=True)
 def fold(scores: Any, n: Any, zero: Any, scale: Any, tile: Any, weighted: Any, peak: Any, norm: Any, sums: Any) -> None:
     """Take `n` scores and the values `zero[t] + scale[t] * tile[:, t]` of a tile into the running softmax."""
     for m in range(scores.shape[0]):
