@@ -315,7 +315,7 @@ def arguments(given=None):
     parser.add_argument("--samples", type=int, default=32, help="sequences to measure on")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--refine", type=int, default=100, help="gradient steps of `kvcalib refine`; 0 leaves it out")
+    parser.add_argument("--refine", type=int, default=40, help="gradient steps of `kvcalib refine`; 0 leaves it out")
     parser.add_argument("--tasks", nargs="*", default=list(compare.TASKS), help="recall, greedy")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--greedy", type=int, default=512, help="tokens to generate")
