@@ -41,8 +41,8 @@ opt = $(if $($(2)),$(1) "$($(2))")
 out = $(or $(OUT),$(if $(filter %.run,$(RUN)),$(RUN:.run=),$(RUN)-artifact))
 
 .PHONY: help demo test lint calibrate fisher fit-nuq friendliness build eval bench-kmeans bench-fisher bench-decode \
-	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-ideas bench-quality bench-scale soak allocate \
-	report report-screenshots fuzz audit release-check clean
+	bench-decode-gpu bench-kernels bench-allocation bench-eviction bench-ideas bench-quality bench-frontier bench-scale \
+	soak allocate report report-screenshots fuzz audit release-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -110,6 +110,10 @@ bench-quality: $(DEV)  ## every method at equal bytes, and the README's table an
 
 bench-ideas: $(RUNTIME)  ## what was thought of against what is built, at the same bytes, simulated: [MODEL= DATA= ARGS="--eval-data ..."]
 	$(BIN)/python bench/ideas.py $(call opt,--model,MODEL) $(call opt,--data,DATA) $(ARGS)
+
+bench-frontier: $(DEV)  ## what each idea gains at equal bytes, and its tables and plots: [MODEL= DATA= ARGS="--eval-data ..."]
+	$(BIN)/python bench/frontier.py $(call opt,--model,MODEL) $(call opt,--data,DATA) $(ARGS)
+	$(BIN)/python bench/frontier.py --readme
 
 bench-eviction: $(RUNTIME)  ## policies and budgets: quality, bytes, decode time, a stream without end
 	$(BIN)/python bench/eviction.py $(ARGS)
