@@ -186,6 +186,7 @@ def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
     run = make_run(tmp_path / "run", model)
     tensors, note = read_tensors(run.file("calibration.safetensors"))
     note["info"]["version"] = 2
+    tensors = {name: t for name, t in tensors.items() if ".fisher_outer" not in name}
     for shape in note["info"]["layers"]:
         del shape["scaling"]
     write_tensors(run.file("calibration.safetensors"), tensors, note)
@@ -194,7 +195,9 @@ def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
         allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
     note["info"]["version"] = 1
     write_tensors(run.file("calibration.safetensors"), tensors, note)
-    with pytest.raises(InputError, match=r"version is 1, expected one of \(2, 3, 4, 5\); run `kvcalib fisher` again"):
+    with pytest.raises(
+        InputError, match=r"version is 1, expected one of \(2, 3, 4, 5, 6\); run `kvcalib fisher` again"
+    ):
         allocate.run(run, AllocateSettings(widths=2.0))
 
 
@@ -300,7 +303,7 @@ def test_options_that_were_not_fitted_are_refused(many, run, tmp_path):
 
 
 def test_losses_of_options_are_of_all_elements(many):
-    """What the table says of an option is what its quantizer does to the sample, outliers included as exact."""
+    """What the table says of an option is what nearest rounding does to the sample, outliers included as exact."""
     codebooks = Codebooks.load(many)
     calibration, _ = Calibration.load(many.file(CALIBRATION))
     for role in ("key", "value"):
@@ -310,7 +313,7 @@ def test_losses_of_options_are_of_all_elements(many):
         x, fisher = data[f"sample.{role}"].float(), data[f"sample.{role}_fisher"].double()
         for option in there:
             under = codebooks.under({(0, role): option})
-            quantizer = under.quantizer(0, role, 3)
+            quantizer = under.quantizer(0, role, 3, feedback=False)
             back = quantizer.decode(quantizer.encode(x, torch.float16))
             lost = float((fisher * (back - x).double().square()).sum(dim=(1, 2)).mean() / 2)
             assert fit_nuq.predicted_total(under, 0, role, 3) == pytest.approx(lost)
