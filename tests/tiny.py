@@ -82,11 +82,15 @@ def calibrate(
 
 
 def make_run(folder: Path, model: PreTrainedModel, layers: list[int] | None = None, **fit: Any) -> RunDir:
-    """A run whose fisher and fit-nuq stages are done."""
+    """A run whose fisher and fit-nuq stages are done, by nearest rounding unless `fit` says otherwise.
+
+    With error feedback a code that falls the other way, as one halfway between two centroids may, takes those after it
+    along: what is compared with a simulation, or with exact tensors, would have to be compared loosely.
+    """
     run = RunDir(folder, create=True)
     calibrate(model, layers=layers).save(run.file(CALIBRATION))
     run.finish("fisher", {"seed": 0}, [CALIBRATION])
-    fit_nuq.run(run, fit_nuq.FitNuqSettings(**fit))
+    fit_nuq.run(run, fit_nuq.FitNuqSettings(**({"feedback": False} | fit)))
     return run
 
 

@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
+from kvcalib.quant.feedback import Feedback
 from kvcalib.rundir import CALIBRATION, RunDir
+from kvcalib.runtime.loader import load
 from kvcalib.stages import build, fit_nuq, friendliness
 from kvcalib.stages.fit_nuq import Choices, Codebooks, FitNuqSettings, Option
 from tests.tiny import calibrate, make_run, tiny_llama
@@ -33,11 +36,32 @@ def test_every_setting_changes_the_codebooks(tmp_path, change):
 def test_bits_alone_fit_nothing_anew_and_reach_the_artifact(tmp_path, capsys):
     run = make_run(tmp_path / "run", tiny_llama())
     before = Codebooks.load(run).tensors
-    after = fit_nuq.run(run, FitNuqSettings(key_bits=2, value_bits=5))
+    after = fit_nuq.run(run, FitNuqSettings(key_bits=2, value_bits=5, feedback=False))
     assert "up to date" in capsys.readouterr().err
     assert all(torch.equal(before[n], after.tensors[n]) for n in before)
     manifest = build.run(run, tmp_path / "artifact")
     assert manifest.mean_bits == (2, 5)
+
+
+def test_error_feedback_reaches_the_artifact(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama(), feedback=True)
+    manifest = build.run(run, tmp_path / "artifact")
+    assert manifest.feedback
+    calibration, _ = Calibration.load(run.file(CALIBRATION))
+    for layer, pair in load(tmp_path / "artifact").quantizers.items():
+        for role, quantizer in pair.items():
+            expected = Feedback.from_curvature(calibration.curvature(layer, role).float(), quantizer.layout.widths)
+            assert torch.equal(quantizer.feedback.triangle, expected.triangle)
+
+
+def test_error_feedback_needs_a_calibration_with_second_moments(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama())
+    record, _ = Calibration.load(run.file(CALIBRATION))
+    tensors = {name: t for name, t in record.stored.items() if ".fisher_outer" not in name}
+    Calibration(record.info.model_copy(update={"version": 5}), tensors).save(run.file(CALIBRATION))
+    with pytest.raises(InputError, match=r"version 5.*(?s:.*)fisher` again with --overwrite, or pass --no-feedback"):
+        fit_nuq.run(run, FitNuqSettings())
+    fit_nuq.run(run, FitNuqSettings(feedback=False, sinks=1))
 
 
 def test_codebooks_of_another_version_are_not_used(tmp_path):
