@@ -1,6 +1,5 @@
 """The stage against the model itself; old calibrations; what reaches file, table and artifact."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -70,11 +69,11 @@ def test_overlap_is_what_the_model_with_quantized_keys_chooses(tmp_path, layer):
 
 
 def test_more_bits_keep_more_heavy_hitters_and_shares_average_to_one(tmp_path):
-    table = friendliness.run(run_of(tmp_path, tiny_llama()))
+    # Error feedback spends plain accuracy of keys for a smaller loss, more so at few bits.
+    table = friendliness.run(run_of(tmp_path, tiny_llama(), feedback=False))
     for layer in table["layers"]:
         overlaps = [layer["bits"][bits]["selection"]["overlap"] for bits in ("2", "3", "4", "8")]
-        # Error feedback spends plain accuracy of keys for a smaller loss, more so at few bits.
-        assert all(more > fewer - 0.02 for fewer, more in itertools.pairwise(overlaps))
+        assert overlaps == sorted(overlaps)
         assert overlaps[0] < overlaps[-1]
         chosen = layer["chosen"]
         assert chosen["selection"]["alpha"] in ALPHAS
