@@ -123,7 +123,8 @@ def make_quantizer(
 
     Args:
         order: `[D]`, the sequence in which a head's channels are laid out in a row; ascending if None.
-        curvature: `[H, D, D]` of the loss, for error feedback (`feedback.py`); None, or one channel a head: nearest rounding.
+        curvature: `[H, D, D]` of the loss, for error feedback (`feedback.py`); None, or one channel a
+            head: nearest rounding.
     """
     elements = ladders.shape[1] if scope == "head" else ladders.shape[0] * ladders.shape[1]
     return Quantizer(
