@@ -19,7 +19,7 @@ from kvcalib.calibration.statistics import Calibration, rope_pairs
 from kvcalib.evaluation.passes import batches
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps
 from kvcalib.quant.codebook import Codebook, ladder_slice
-from kvcalib.quant.fitting import FitOptions, fit_keys, fit_values
+from kvcalib.quant.fitting import FitOptions, fit_absolute, fit_relative
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.quant.quantizer import Scope
 from kvcalib.stages.codebooks import Codebooks, FitNuqSettings, tensor_name
@@ -100,7 +100,7 @@ class Way:
 def ladder(points: Points, way: Way) -> Tensor:
     """Codebooks of all widths, uncorrected: `[H, D, 511]` float64."""
     x, fisher = points.x.double().numpy(), points.gradient.double().square().numpy()
-    fit = fit_values if way.relative else fit_keys
+    fit = fit_relative if way.relative else fit_absolute
     return fit(x, fisher, "channel", way.scope, FitOptions(outlier_share=0.0, qnorm=False))
 
 

@@ -12,7 +12,7 @@ from kvcalib.calibration.fisher import PassSettings, run_pass
 from kvcalib.evaluation.perplexity import evaluate
 from kvcalib.model.identity import identify
 from kvcalib.quant.feedback import Feedback
-from kvcalib.quant.fitting import FitOptions, fit_keys, fit_values, make_quantizer, predicted_loss
+from kvcalib.quant.fitting import FitOptions, fit_absolute, fit_relative, make_quantizer, predicted_loss
 from kvcalib.runtime.loader import load
 from kvcalib.stages import build, fit_nuq
 from tests.tiny import make_run, tiny_llama, tokens
@@ -62,7 +62,7 @@ def test_codebooks_and_losses_are_those_of_fit_nuq(parts, subject, role, scope):
     way = fits.Way(role == "value", scope)
     ours = fits.corrected(fits.ladder(points, way), points, way)
     x, fisher = points.x.double().numpy(), points.gradient.double().square().numpy()
-    fit = fit_keys if role == "key" else fit_values
+    fit = fit_absolute if role == "key" else fit_relative
     theirs = fit(x, fisher, "channel", scope, FitOptions(outlier_share=0.0, qnorm=True))
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
     widths = torch.full((2, 16), 2, dtype=torch.uint8)

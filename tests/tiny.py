@@ -81,8 +81,25 @@ def calibrate(
     return run_pass(model, rotations, tokens(samples, seq_len, 1).numpy(), identify(model), settings)
 
 
+def as_of(version: int, record: Calibration) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `record` would say of itself, and its tensors, had a kvcalib of before written it (version 2 to 6)."""
+    info = record.info.model_dump(mode="json") | {"version": version}
+    sums = record.stored if version >= 5 else record.tensors
+    tensors = {name: t for name, t in sums.items() if not name.endswith("_gradient")}
+    tensors |= {name: t for name, t in record.tensors.items() if name.endswith("_fisher")}
+    since = {4: ("attention_early", "attention_slope", "attention_later_square"), 5: ("nll", "sequences")}
+    since[6] = ("fisher_outer", "fisher_outer.limbs", "fisher_outer.top")
+    gone = tuple(name for number, names in since.items() if version < number for name in names)
+    if version < 5:
+        del info["batches"], info["merged"]
+    if version < 3:
+        for shape in info["layers"]:
+            del shape["scaling"]
+    return info, {name: t for name, t in tensors.items() if not name.endswith(gone)}
+
+
 def make_run(folder: Path, model: PreTrainedModel, layers: list[int] | None = None, **fit: Any) -> RunDir:
-    """A run whose fisher and fit-nuq stages are done, by nearest rounding unless `fit` says otherwise.
+    """A run whose fisher and fit-nuq stages are done, by nearest rounding, values as they are, unless `fit` says so.
 
     With error feedback a code that falls the other way, as one halfway between two centroids may, takes those after it
     along: what is compared with a simulation, or with exact tensors, would have to be compared loosely.
@@ -90,7 +107,7 @@ def make_run(folder: Path, model: PreTrainedModel, layers: list[int] | None = No
     run = RunDir(folder, create=True)
     calibrate(model, layers=layers).save(run.file(CALIBRATION))
     run.finish("fisher", {"seed": 0}, [CALIBRATION])
-    fit_nuq.run(run, fit_nuq.FitNuqSettings(**({"feedback": False} | fit)))
+    fit_nuq.run(run, fit_nuq.FitNuqSettings(**({"feedback": False, "value_basis": "none"} | fit)))
     return run
 
 

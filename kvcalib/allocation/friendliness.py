@@ -23,7 +23,7 @@ def relative_error(quantizer: Quantizer, x: Tensor, exact_dtype: torch.dtype = t
 def quantization_error(quantizer: Quantizer, x: Tensor, exact_dtype: torch.dtype = torch.float16) -> Tensor:
     """`x^ - x` of the storage quantizer, float32 `[n, H, D]`."""
     wide = x.float()
-    return quantizer.decode(quantizer.encode(wide, exact_dtype)) - wide
+    return quantizer.round_trip(wide, exact_dtype) - wide
 
 
 def relative(error: Tensor, x: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ Text: {plain(without_folders(source.data))}; {source.sequences} sequences of {so
 {source.tokens} tokens in all, {source.sampled_tokens} of them kept whole, seed {source.seed}. NLL of the unquantized
 model on it: {source.nll:.4f} nats per token.
 Codebooks: weights {fit.weights}, keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver}
-solver, Q-Norm {"on" if fit.qnorm else "off"}. Error feedback: {"on" if manifest.feedback else "off"}.""",
+solver, Q-Norm {"on" if fit.qnorm else "off"}. Error feedback: {"on" if manifest.feedback else "off"}.
+Values: {value_axes(manifest)}.""",
         """## Limits
 
 - It fits one model's weights. Fine-tuned or differently scaled ones load with a warning; measure before you trust it.
@@ -102,6 +103,11 @@ solver, Q-Norm {"on" if fit.qnorm else "off"}. Error feedback: {"on" if manifest
         "`manifest.json` says everything else; kvcalib's `docs/artifact.md` specifies it.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def value_axes(manifest: Manifest) -> str:
+    """How values are kept, in a few words."""
+    return "along their principal axes" if manifest.basis else "as they are, with zero and scale"
 
 
 def refinement(tuned: Refined) -> str:
@@ -182,13 +188,13 @@ def effective_bits(manifest: Manifest) -> float:
     """Bits per element of a long cache: as planned, or those of the listed layers' rows and of a position."""
     if manifest.budget is not None:
         return manifest.budget.planned
-    specs = [pair for layer in manifest.layers for pair in ((layer.key, False), (layer.value, True))]
+    specs = [pair for layer in manifest.layers for pair in ((layer.key, False), (layer.value, not layer.value.basis))]
     elements = sum(spec.kv_heads * spec.head_dim for spec, _ in specs)
     return (POSITION_BITS + sum(_row_bits(spec, relative) for spec, relative in specs)) / max(1, elements)
 
 
 def _row_bits(spec: TensorSpec, relative: bool) -> int:
-    """Bits of one token's row: words, outliers with their indices, zero and scale of values (docs/artifact.md, 5.3)."""
+    """Bits of one token's row: words, outliers with their indices, zero and scale (docs/artifact.md, 5.3)."""
     groups = spec.kv_heads if spec.scope == "head" else 1
     index = 8 if spec.kv_heads * spec.head_dim // groups <= BYTE_INDEXED else 16
     bits = WORD_BITS * spec.words + groups * spec.outliers * (EXACT_BITS + index)

@@ -19,6 +19,8 @@ from kvcalib.untrusted import shown
 DTYPES = {"widths": "uint8", "codebook": "float32", "word": "int16", "shift": "uint8", "weight": "float32"}
 FEEDBACK, LARGEST_FEEDBACK = "feedback", 65504.0
 """The tensor of a role with error feedback. The targets that it makes stay far from float32's limits."""
+BASIS, SKEW = "basis", 1e-4
+"""The tensor of values in a basis of their own, and how far its products of axes may be from 0 and 1."""
 ROLES = ("key", "value")
 MOST_WORDS = MOST_ELEMENTS = 1 << 15
 """Words of a row and elements of a group of outliers: what an int16 can name."""
@@ -32,7 +34,7 @@ def check_manifest(manifest: Manifest) -> None:
         f"layers.{layer.index}.{role}.{name}"
         for layer in manifest.layers
         for role in ROLES
-        for name in (*DTYPES, *([FEEDBACK] if role_of(layer, role).feedback else []))
+        for name in (*DTYPES, *_optional(role_of(layer, role)))
     }
     for name in sorted(expected ^ set(manifest.tensors)):
         raise ValueError(f"tensors: {shown(name)} is " + ("missing" if name in expected else "none that a layer has"))
@@ -52,6 +54,11 @@ def check_manifest(manifest: Manifest) -> None:
 def role_of(layer: LayerSpec, role: str) -> TensorSpec:
     """A layer's keys or values."""
     return layer.key if role == "key" else layer.value
+
+
+def _optional(spec: TensorSpec) -> list[str]:
+    """The tensors that keys or values have beside `DTYPES`."""
+    return [name for name, there in ((FEEDBACK, spec.feedback), (BASIS, spec.basis)) if there]
 
 
 def _check_spec(where: str, spec: TensorSpec) -> None:
@@ -77,12 +84,13 @@ def _check_records(where: str, spec: TensorSpec, records: dict[str, TensorRecord
     for name, expected in (("widths", plane), ("weight", plane), ("word", tables), ("shift", tables)):
         if found[name].shape != expected:
             raise ValueError(f"tensors: {where}.{name}.shape is {shown(found[name].shape)}, expected {expected}")
-    if spec.feedback:
-        record = records[f"{where}.{FEEDBACK}"]
-        triangle = [spec.kv_heads, spec.head_dim * (spec.head_dim - 1) // 2]
-        if record.dtype != "float32" or record.shape != triangle:
+    triangle = [spec.kv_heads, spec.head_dim * (spec.head_dim - 1) // 2]
+    optional = {FEEDBACK: triangle, BASIS: [*plane, spec.head_dim]}
+    for name in _optional(spec):
+        record = records[f"{where}.{name}"]
+        if record.dtype != "float32" or record.shape != optional[name]:
             raise ValueError(
-                f"tensors: {where}.{FEEDBACK} is {record.dtype} {shown(record.shape)}, expected float32 {triangle}"
+                f"tensors: {where}.{name} is {record.dtype} {shown(record.shape)}, expected float32 {optional[name]}"
             )
     channels, shape = math.prod(plane), found["codebook"].shape
     if len(shape) != 1 or not channels <= shape[0] <= channels << MAX_BITS:
@@ -110,6 +118,25 @@ def check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
                 (tensors[f"layers.{layer.index}.{role}.{FEEDBACK}"].abs() <= LARGEST_FEEDBACK).all()
             ):
                 raise ValueError(f"{where}: feedback holds numbers that are not finite or beyond {LARGEST_FEEDBACK:g}")
+            if spec.basis:
+                try:
+                    _check_basis(tensors[f"layers.{layer.index}.{role}.{BASIS}"])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+
+
+def _check_basis(matrix: Tensor) -> None:
+    """ValueError unless every head's axes are of length 1 and at right angles: no value can then grow by turning it."""
+    products = matrix.double().transpose(1, 2) @ matrix.double()
+    skew = (products - torch.eye(matrix.shape[1], dtype=torch.float64)).abs().amax((1, 2))
+    # NaN fails the comparison, too.
+    wrong = ~(skew <= SKEW)
+    if bool(wrong.any()):
+        head = int(wrong.int().argmax())
+        raise ValueError(
+            f"basis of head {head} is not orthogonal: products of its axes are up to {float(skew[head]):.2g} off, "
+            f"expected at most {SKEW:g}"
+        )
 
 
 def _check_codebook(ragged: np.ndarray, widths: Tensor) -> None:

@@ -19,7 +19,7 @@ from kvcalib.quant.codebook import Format
 from kvcalib.quant.packing import Segment
 from kvcalib.quant.quantizer import Scope
 
-FORMAT_VERSION: Literal[3] = 3
+FORMAT_VERSION: Literal[4] = 4
 _HEX = r"^[0-9a-f]{64}$"
 Sha256 = Annotated[str, Field(pattern=_HEX)]
 LARGEST = (1 << 53) - 1
@@ -82,9 +82,10 @@ class TensorSpec(Record):
     group: Literal[0, 16] = Field(
         default=0, description="Channels that lie side by side with one width, as fused kernels want; 0: free."
     )
-    scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
+    scope: Scope = Field(description="Group of outlier ranks and, where values have them, of zero and scale.")
     outliers: Count = Field(description="Exact elements per group and token.")
     feedback: bool = Field(description="Whether codes are chosen with error feedback.")
+    basis: bool = Field(description="Whether values are kept along axes of their own, without zero and scale.")
     mean_bits: float = Field(ge=0, le=8, description="Mean code width of the channels.")
     predicted_loss: float = Field(ge=0, description="Half of sum F (x - x^)^2 by nearest rounding, nats per token.")
 
@@ -114,6 +115,12 @@ class LayerSpec(Record):
     value: TensorSpec
     friendliness: Friendliness | None = None
     sliding: Positive | None = Field(default=None, description="The layer's sliding window; None: it attends in full.")
+
+    @model_validator(mode="after")
+    def _keys_as_they_are(self) -> LayerSpec:
+        if self.key.basis:
+            raise ValueError(f"layers[{self.index}].key.basis is true, expected false: RoPE turns keys as they are")
+        return self
 
     @model_validator(mode="after")
     def _one_error_per_head(self) -> LayerSpec:
@@ -173,7 +180,7 @@ class Manifest(Record):
     """`manifest.json`."""
 
     format: Literal["kvcalib-artifact"] = "kvcalib-artifact"
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     producer: Producer
     model: ModelIdentity
     calibration: Calibration
@@ -198,6 +205,11 @@ class Manifest(Record):
     def feedback(self) -> bool:
         """Whether any codes are chosen with error feedback."""
         return any(spec.feedback for layer in self.layers for spec in (layer.key, layer.value))
+
+    @property
+    def basis(self) -> bool:
+        """Whether any values are kept in a basis of their own."""
+        return any(layer.value.basis for layer in self.layers)
 
     @property
     def mean_bits(self) -> tuple[float, float]:

@@ -119,13 +119,12 @@ class Collector:
 
     def _gradient(self, layer: int, role: str, gradient: Tensor) -> None:
         raw = gradient.detach().float()
-        fisher = raw.square()
-        total = fisher.sum((0, 2), dtype=torch.float64)
+        total = raw.square().sum((0, 2), dtype=torch.float64)
         self._check(layer, "backward pass", f"gradient of the {role}", total)
         self.sums.add(f"layers.{layer}.{role}.fisher_sum", total)
         outer = (raw.transpose(2, 3) @ raw).double().sum(0)
         self.sums.add(f"layers.{layer}.{role}.fisher_outer", lower_triangle(outer))
-        self._keep(f"layers.{layer}.sample.{role}_fisher", fisher.transpose(1, 2))
+        self._keep(f"layers.{layer}.sample.{role}_gradient", raw.transpose(1, 2))
 
     def _check(self, layer: int, stage: str, what: str, total: Tensor) -> None:
         # One NaN or infinity anywhere makes the sum one too; looking at every element would cost a pass of its own.

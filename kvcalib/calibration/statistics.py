@@ -10,7 +10,9 @@ heads, n kept tokens):
     layers.i.query.norm_histogram                       [Hq, 512]  counts of log2 |q|^2, see `NORM_BINS`
     layers.i.attention.peak_sum, .peak_square_sum       [H]      of the windowed maximum
     layers.i.sample.key, .value                         [n, H, D]  in the model's dtype, keys before RoPE
-    layers.i.sample.key_fisher, .value_fisher           [n, H, D]  float32, (dL/dx)^2, L the summed NLL of the sequence
+    layers.i.sample.key_gradient, .value_gradient       [n, H, D]  float32, dL/dx, L the summed NLL of the sequence;
+                                                        `Calibration.tensors` has their squares as key_fisher and
+                                                        value_fisher too
     layers.i.sample.attention_sum, .attention_peak      [n, H]   attention drawn from all later queries; its maximum
                                                         over the first `window` queries
     layers.i.sample.attention_late                      [n, H]   mean over the later half of these queries
@@ -47,12 +49,13 @@ from kvcalib.files import write_tensors
 from kvcalib.model.identity import ModelIdentity
 from kvcalib.streamed import TensorFile
 
-VERSION = 6
-READABLE = (2, 3, 4, 5, VERSION)
+VERSION = 7
+READABLE = (2, 3, 4, 5, 6, VERSION)
 """Versions that `load` reads. Files of version 2 lack `LayerShape.scaling`, which only QAQ needs; files before version
 4 lack `attention_early`, `_slope` and `_later_square`, which only the weights of eviction need; files before version 5
 have float64 sums and no `sequences`, without which they cannot be merged; files before version 6 lack `fisher_outer`,
-which only error feedback needs."""
+which only error feedback needs; files before version 7 have `key_fisher` and `value_fisher` in place of gradients, of
+which only values in a basis of their own need the sign."""
 APART = " + "
 """Between the names of several texts."""
 NORM_BINS = 512
@@ -130,7 +133,7 @@ class Calibration:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Sums as float64 and sampled tokens by name; CorruptFile for numbers of a file that are none."""
+        """Sums as float64, sampled tokens and their Fisher by name; CorruptFile for numbers of a file that are none."""
         return Decoded(self.stored) if self.path is None else Sound(Decoded(self.stored), self.path)
 
     def layer(self, index: int) -> Mapping[str, Tensor]:

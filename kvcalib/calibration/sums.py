@@ -1,4 +1,4 @@
-"""The sums of a pass by name, exact: what every batch adds, and how they lie in a file.
+"""The sums of a pass by name, exact: what every batch adds, how they lie in a file, and how a file's tensors are read.
 
 A sum of float64 contributions is two tensors, `NAME.limbs` and `NAME.top` (`exact.py`); counts are int64 as they are.
 """
@@ -15,6 +15,7 @@ from kvcalib.calibration.exact import ExactSum
 from kvcalib.errors import InputError, NonFiniteActivations
 
 LIMBS, TOP = ".limbs", ".top"
+FISHER, GRADIENT = "_fisher", "_gradient"
 
 
 class Sums:
@@ -82,7 +83,11 @@ class Sums:
 
 
 class Decoded(Mapping[str, Tensor]):
-    """The tensors of a calibration by name, its sums as float64, each computed when it is asked for."""
+    """The tensors of a calibration by name, each computed when it is asked for.
+
+    Its sums are float64. Where it keeps a sampled token's gradients, the Fisher information, their square, has a name
+    too: `NAME_fisher` beside `NAME_gradient`.
+    """
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
         self.stored = stored
@@ -90,12 +95,14 @@ class Decoded(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name in self.stored:
             return self.stored[name]
+        if (gradient := _behind(name)) in self.stored:
+            return self.stored[gradient].square()
         if name + LIMBS not in self.stored:
             raise KeyError(name)
         return ExactSum(self.stored[name + LIMBS], self.stored[name + TOP]).value()
 
     def __contains__(self, name: object) -> bool:
-        return name in self.stored or f"{name}{LIMBS}" in self.stored
+        return name in self.stored or f"{name}{LIMBS}" in self.stored or _behind(str(name)) in self.stored
 
     def __iter__(self) -> Iterator[str]:
         for name in self.stored:
@@ -103,9 +110,16 @@ class Decoded(Mapping[str, Tensor]):
                 yield name.removesuffix(LIMBS)
             elif not name.endswith(TOP):
                 yield name
+                if name.endswith(GRADIENT):
+                    yield name.removesuffix(GRADIENT) + FISHER
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _behind(name: str) -> str:
+    """The gradient that the Fisher information `name` is the square of; else nothing's name."""
+    return name.removesuffix(FISHER) + GRADIENT if name.endswith(FISHER) else ""
 
 
 class Prefixed(Mapping[str, Tensor]):

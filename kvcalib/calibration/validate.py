@@ -41,7 +41,6 @@ KNOWN: Known = {
     "query.norm_histogram": ((torch.int64,), "QB", False),
     **{f"attention.{name}": (SUMS, "H", False) for name in ("peak_sum", "peak_square_sum")},
     **{f"sample.{role}": (CODES, "nHD", True) for role in ("key", "value")},
-    **{f"sample.{role}_fisher": (SAMPLES, "nHD", False) for role in ("key", "value")},
     **{f"sample.attention_{name}": (SAMPLES, "nH", False) for name in ("sum", "peak", "late")},
 }
 SINCE_4: Known = {
@@ -49,7 +48,9 @@ SINCE_4: Known = {
     "sample.attention_slope": ((torch.bfloat16,), "nHD", True),
 }
 SINCE_6: Known = {f"{role}.fisher_outer": (SUMS, "HT", True) for role in ("key", "value")}
-ALL = KNOWN | SINCE_4 | SINCE_6
+SINCE_7: Known = {f"sample.{role}_gradient": (SAMPLES, "nHD", True) for role in ("key", "value")}
+UNTIL_7: Known = {f"sample.{role}_fisher": (SAMPLES, "nHD", False) for role in ("key", "value")}
+ALL = KNOWN | SINCE_4 | SINCE_6 | SINCE_7 | UNTIL_7
 Specs = dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
 SEQUENCES, NLL = "sequences", "nll"
 COLUMNS = ("sample.hash", "sample.sequence", "sample.position")
@@ -152,7 +153,7 @@ def _expected(info: CalibrationInfo, layer: LayerShape, kept: int, tensors: Tens
         full = f"layers.{layer.index}.{name}"
         if name in SINCE_4 and info.version < 4 and full not in tensors.specs:
             continue
-        if name in SINCE_6 and info.version < 6:
+        if (name in SINCE_6 and info.version < 6) or name in (SINCE_7 if info.version < 7 else UNTIL_7):
             continue
         exact = dtypes is SUMS and full not in tensors.specs
         found |= _exact(full, shape) if exact else {full: (dtypes, shape)}

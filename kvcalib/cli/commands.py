@@ -241,8 +241,11 @@ def fit_nuq(
     value_bits: ValueBitsOption = None,
     granularity: Annotated[str, typer.Option(help="One key codebook per layer, head or channel.")] = "channel",
     value_granularity: Annotated[str, typer.Option(help="One value codebook per layer, head or channel.")] = "channel",
+    value_basis: Annotated[
+        str, typer.Option(help="pca: values along each head's principal axes; none: as they are, with zero and scale.")
+    ] = "pca",
     value_scale: Annotated[
-        str, typer.Option(help="Zero and scale of values per token, or per token and head.")
+        str, typer.Option(help="Outlier ranks of values, and zero and scale, per token or (head) per token and head.")
     ] = "token",
     outliers: OutliersOption = 0.01,
     choices: ChoicesOption = None,
@@ -266,7 +269,7 @@ def fit_nuq(
 
         settings = make_settings(
             stage.FitNuqSettings, **uniform, granularity=granularity,
-            value_granularity=value_granularity, value_scale=value_scale, outliers=outliers,
+            value_granularity=value_granularity, value_basis=value_basis, value_scale=value_scale, outliers=outliers,
             sinks=sinks, format=format, weights=weights, qnorm=qnorm, solver=solver, feedback=feedback,
             **({} if choices is None else {"choices": stage.Choices() if choices else None}),
         )  # fmt: skip

@@ -72,7 +72,7 @@ def print_checked(rows: list[Checked]) -> None:
 
 def print_manifest(manifest: Manifest) -> None:
     """An artifact: model, codes, calibration, and losses by layer."""
-    from kvcalib.artifact.card import exact_share, refinement
+    from kvcalib.artifact.card import exact_share, refinement, value_axes
 
     key, value = manifest.mean_bits
     grid = Table.grid(padding=(0, 2))
@@ -87,6 +87,7 @@ def print_manifest(manifest: Manifest) -> None:
         ),
         *([] if manifest.refined is None else [("refined", refinement(manifest.refined))]),
         ("codebooks", f"keys per {fit.key_granularity}, values per {fit.value_granularity}, {fit.solver} solver"),
+        ("values", value_axes(manifest)),
         ("rounding", "with error feedback" if manifest.feedback else "to the nearest centroid"),
         (
             "exact",

@@ -64,7 +64,7 @@ def rounded(x: Tensor, probe: Probe) -> Tensor:
     exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     batch, heads, tokens, dim = x.shape
     rows = x.transpose(1, 2).reshape(-1, heads, dim)
-    parts = [probe.quantizer.decode(probe.quantizer.encode(part, exact)) for part in rows.split(CHUNK)]
+    parts = [probe.quantizer.round_trip(part, exact) for part in rows.split(CHUNK)]
     stored = torch.cat(parts).to(x.dtype).view(batch, tokens, heads, dim).transpose(1, 2)
     return torch.cat([x[:, :, : probe.sinks], stored[:, :, probe.sinks :]], 2)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcalib.quant import kmeans, outliers
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import LADDER, Codebook, Format, fixed_ladder, ladder_slice
 from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import MAX_BITS, Layout
@@ -51,8 +52,10 @@ class FitOptions:
     solver: Solver = "exact"
 
 
-def fit_keys(x: np.ndarray, fisher: np.ndarray, granularity: Granularity, scope: Scope, options: FitOptions) -> Tensor:
-    """Ladders `[H, D, 511]` in the units of the key.
+def fit_absolute(
+    x: np.ndarray, fisher: np.ndarray, granularity: Granularity, scope: Scope, options: FitOptions
+) -> Tensor:
+    """Ladders `[H, D, 511]` in the units of `x`: of keys, and of values in a basis of their own.
 
     Thresholds are per channel, percentiles of the sample (KVQuant, section 3.4); which elements are outliers, and so
     left out of the fit, is decided per token by rank of the normalised magnitude.
@@ -73,7 +76,7 @@ def fit_keys(x: np.ndarray, fisher: np.ndarray, granularity: Granularity, scope:
     return torch.from_numpy(zero[..., None] + scale[..., None] * ladders)
 
 
-def fit_values(
+def fit_relative(
     x: np.ndarray, fisher: np.ndarray, granularity: Granularity, scope: Scope, options: FitOptions
 ) -> Tensor:
     """Ladders `[H, D, 511]` relative to the zero and scale that each token (or token and head) has."""
@@ -118,6 +121,7 @@ def make_quantizer(
     weight: Tensor,
     order: Tensor | None = None,
     curvature: Tensor | None = None,
+    basis: Basis | None = None,
 ) -> Quantizer:
     """The quantizer with `widths [H, D]` bits per channel, codebooks picked from `ladders [H, D, 511]`.
 
@@ -125,6 +129,7 @@ def make_quantizer(
         order: `[D]`, the sequence in which a head's channels are laid out in a row; ascending if None.
         curvature: `[H, D, D]` of the loss, for error feedback (`feedback.py`); None, or one channel a
             head: nearest rounding.
+        basis: the axes that all of this is along; see `Quantizer`.
     """
     elements = ladders.shape[1] if scope == "head" else ladders.shape[0] * ladders.shape[1]
     return Quantizer(
@@ -135,6 +140,7 @@ def make_quantizer(
         outliers.outlier_count(outlier_share, elements),
         weight.float(),
         None if curvature is None or widths.shape[1] < 2 else Feedback.from_curvature(curvature, widths),
+        basis,
     )
 
 

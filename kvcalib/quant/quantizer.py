@@ -1,8 +1,9 @@
 """One tensor's quantizer: keys or values of one layer, in and out of packed form.
 
-Keys: `x = codebook[h, d][code]`. Values: `x = zero + scale * codebook[h, d][code]` with zero and scale per token or per
-token and head. In both, a fixed number of elements per group is kept exact (`outliers.py`). This class is what the
-cache stores through, what the calibration predicts with and what friendliness measures: one definition of the error.
+Keys, and values in a basis of their own (`basis.py`): `x = codebook[h, d][code]`. Values as the model has them:
+`x = zero + scale * codebook[h, d][code]` with zero and scale per token or per token and head. In all, a fixed number of
+elements per group is kept exact (`outliers.py`). This class is what the cache stores through, what the calibration
+predicts with and what friendliness measures: one definition of the error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcalib.quant import outliers
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import Codebook
 from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import Layout
@@ -21,7 +23,7 @@ from kvcalib.quant.packing import Layout
 Scope = Literal["token", "head"]
 Rows = dict[str, Tensor]
 """What is stored of N tokens: name to tensor, the token first. `words [N, W]`; with outliers `outlier_index` and
-`outlier_value [N, G, n]`; for values `zero` and `scale [N, G]`. G is 1 (scope "token") or H (scope "head")."""
+`outlier_value [N, G, n]`; of relative codebooks `zero` and `scale [N, G]`. G is 1 (scope "token") or H ("head")."""
 
 BYTE_INDEXED = 256
 """Elements of a group up to which an outlier's index takes one byte."""
@@ -34,11 +36,13 @@ class Quantizer:
     Attributes:
         codebook: centroids per head and channel.
         layout: where each channel's code lies in a row.
-        relative: False for keys; True for values, whose codebook is relative to zero and scale of the group.
+        relative: whether the codebook is relative to zero and scale of the group.
         scope: what a group is: all heads of a token, or each head of a token.
         outliers: exact elements per group.
         weight: `[H, D]` float32, mean Fisher of each channel; the exact elements are those that save the most of it.
         feedback: how a channel's rounding makes up for the errors of others; None for nearest rounding.
+        basis: the axes along which `encode` takes its elements and `decode` gives them back; who has the model's own
+            turns them forth and back, or calls `round_trip`. None for the model's own.
     """
 
     codebook: Codebook
@@ -48,6 +52,7 @@ class Quantizer:
     outliers: int
     weight: Tensor
     feedback: Feedback | None = None
+    basis: Basis | None = None
 
     @property
     def groups(self) -> int:
@@ -108,6 +113,15 @@ class Quantizer:
         if self.outliers:
             grouped = grouped.scatter(-1, rows["outlier_index"].long(), rows["outlier_value"].float())
         return grouped.reshape(x.shape)
+
+    def along(self, x: Tensor) -> Tensor:
+        """The model's keys or values `[N, H, D]` as `encode` takes them."""
+        return x if self.basis is None else self.basis.rows_forth(x)
+
+    def round_trip(self, x: Tensor, exact_dtype: torch.dtype) -> Tensor:
+        """The model's keys or values `[N, H, D]` as they come back from storage, float32."""
+        found = self.decode(self.encode(self.along(x), exact_dtype))
+        return found if self.basis is None else self.basis.rows_back(found)
 
     def row_spec(self, exact_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of what is stored of one token, by name; see `Rows`."""

@@ -3,7 +3,9 @@
 `Quantizer.encode` chooses codes, outliers, zeros and scales by the present centroids, exactly as the cache does; what
 they decode to is written out in operations that autograd follows, with c the centroids of a channel:
 
-    key:    x^ = c[code]              value:  x^ = zero + scale * c[code]              outliers:  x^ = x
+    x^ = c[code]              relative:  x^ = zero + scale * c[code]              outliers:  x^ = x
+
+Values in a basis of their own are turned forth before and back after that.
 
 The choice has no derivative. With respect to x, x^ counts as x itself (the straight-through estimator, Bengio et al.,
 arXiv 1308.3432): so the gradient of a later layer's error reaches the centroids of the layers before it.
@@ -56,7 +58,7 @@ class Centroids:
         """`x [N, H, D]` as it comes back from storage, float32; see the module for its derivatives."""
         quantizer = self.quantizer
         with torch.no_grad():
-            rows = quantizer.encode(x.detach(), exact_dtype)
+            rows = quantizer.encode(quantizer.along(x.detach()), exact_dtype)
             codes = quantizer.layout.unpack(rows["words"]).flatten(1)
         # index_select, since the gradient of an index is not summed in one order by several threads.
         decoded = self.values.index_select(0, (codes + self._first).flatten())
@@ -65,18 +67,21 @@ class Centroids:
             grouped = torch.addcmul(rows["zero"].float()[..., None], rows["scale"].float()[..., None], grouped)
         if quantizer.outliers:
             grouped = grouped.scatter(-1, rows["outlier_index"].long(), rows["outlier_value"].float())
-        wide = x.float()
-        return grouped.reshape(x.shape) + (wide - wide.detach())
+        decoded, wide = grouped.reshape(x.shape), x.float()
+        if quantizer.basis is not None:
+            decoded = quantizer.basis.rows_back(decoded)
+        return decoded + (wide - wide.detach())
 
     def error(self, x: Tensor) -> Tensor:
         """Root mean square of what storing takes from each channel of `x [N, H, D]`, in units of the codebook.
 
         Returns:
-            float32 `[H * D]`; of values, whose codebook is relative, as a share of their group's scale.
+            float32 `[H * D]`, along the quantizer's basis; of a relative codebook as a share of the group's scale.
         """
         quantizer = self.quantizer
         exact = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
         with torch.no_grad():
+            x = quantizer.along(x)
             rows = quantizer.encode(x, exact)
             lost = (x.float() - quantizer.decode(rows)).view(len(x), quantizer.groups, -1)
             if quantizer.relative:

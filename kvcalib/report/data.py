@@ -114,7 +114,7 @@ class Density:
     Attributes:
         edges: of the histogram's bins, one more than `density`.
         density, weighted: share of the tokens, and of the Fisher weight, in each bin.
-        centroids: the codebook. outside: share of the tokens beyond the edges.
+        centroids: the codebook. outside: share of the tokens beyond the edges. unit: what the edges are in.
     """
 
     layer: int
@@ -128,6 +128,7 @@ class Density:
     weighted: Sequence[float]
     centroids: Sequence[float]
     outside: float
+    unit: str
 
 
 @dataclass(frozen=True)

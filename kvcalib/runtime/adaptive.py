@@ -24,7 +24,7 @@ from kvcalib.quant.quantizer import Quantizer
 from kvcalib.runtime.attention import chunked_attention
 from kvcalib.runtime.drawn import Drawn, Heads
 from kvcalib.runtime.heads import moved
-from kvcalib.runtime.layers import READ_CHUNK, ROLES, TapLayer
+from kvcalib.runtime.layers import READ_CHUNK, ROLES, TapLayer, along
 from kvcalib.runtime.pools import MOST_TIERS, Observe, Pools, tags_of
 from kvcalib.runtime.storage import Rows, Spec, check_rows
 
@@ -148,7 +148,8 @@ class AdaptiveLayer(TapLayer):
                     f"{expected[0]} of {expected[1]}; build one for this model"
                 )
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        new = {"key": key_states.detach().transpose(1, 2), "value": value_states.detach().transpose(1, 2)}
+        value = along(self.tiers[0]["value"], value_states.detach())
+        new = {"key": key_states.detach().transpose(1, 2), "value": value.transpose(1, 2)}
         shape = new["key"].shape[:2]
         if self.keep_exact == "cpu":
             nothing = {"drawn": torch.zeros(shape), "trust": torch.zeros(shape)}
@@ -202,7 +203,8 @@ class AdaptiveLayer(TapLayer):
             drawn,
             log_sums,
         )
-        return out, drawn
+        basis = self.tiers[0]["value"].basis
+        return out if basis is None else basis.output_back(out), drawn
 
     def learn(self, drawn: Drawn) -> None:
         """Take in what the last queries paid: pack what left the window, choose again."""

@@ -26,13 +26,19 @@ Chunks = Iterator[tuple[int, Tensor, Tensor]]
 def attend_packed(
     call: Call, view: PackedView, drawn: Tensor | None = None, decay: float = 1.0, own: bool = False
 ) -> Tensor:
-    """Attention of the call's queries over `view`; `[B, Q, Hq, Dv]` in their dtype.
+    """Attention of the call's queries over `view`; `[B, Q, Hq, Dv]` in their dtype, along the model's own axes.
 
     Args:
         drawn: float32 `[B, H, T + w]`, overwritten with the attention that the tokens drew: the sum over the group's
             heads and over queries, each times `decay` to the power of how many queries came after it.
         own: the queries' positions are the view's last ones, whatever the model says.
     """
+    out = _attend(call, view, drawn, decay, own)
+    return out if view.value.basis is None else view.value.basis.output_back(out)
+
+
+def _attend(call: Call, view: PackedView, drawn: Tensor | None, decay: float, own: bool) -> Tensor:
+    """`attend_packed` along the axes in which values are kept."""
     softcap, sink_logits = call.kwargs.get("softcap"), call.kwargs.get("s_aux")
     angles = call.angles
     path = paths.reading(call.query, view, angles)

@@ -230,6 +230,7 @@ class PackedLayer(TapLayer):
 
     def _take(self, key: Tensor, value: Tensor) -> None:
         """Store `[B, H, t, D]`: the last ones in the exact window, what leaves it packed."""
+        value = along(self.quantizers["value"], value)
         new = {"key": key.transpose(1, 2), "value": value.transpose(1, 2)}
         if self.sinks and (self.recent or not self.sinks_full):
             shape = new["key"].shape[:2]
@@ -468,6 +469,11 @@ class PackedLayer(TapLayer):
         return held
 
 
+def along(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """The model's values `[B, H, t, D]` as `quantizer` takes them."""
+    return x if quantizer.basis is None else quantizer.basis.forth(x)
+
+
 def check_indices(what: str, quantizer: Quantizer, index: Tensor | None) -> None:
     """ValueError unless the outliers of saved rows lie within their group."""
     size = quantizer.layout.widths.numel() // quantizer.groups
@@ -483,6 +489,7 @@ def residue(quantizer: Quantizer, rows: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def with_exact(view: PackedView, key: Tensor, value: Tensor) -> PackedView:
     """`view` with its last tokens, already stored, read as `key, value [B, H, t, D]` instead."""
+    value = along(view.value, value)
     past = view.total - key.shape[2]
     older = max(0, past - view.length)
     exact = [

@@ -30,6 +30,7 @@ from kvcalib.model.identity import HARD, SOFT, ModelIdentity, identify
 from kvcalib.model.loading import execution_device
 from kvcalib.model.rotary import Rotation
 from kvcalib.model.taps import AttentionOutput, Call, Tap, Taps, find_attention
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import Codebook
 from kvcalib.quant.feedback import Feedback
 from kvcalib.quant.packing import Layout
@@ -181,7 +182,7 @@ def load(path: str | Path, revision: str | None = None) -> Artifact:
     quantizers = {}
     for layer in manifest.layers:
         quantizers[layer.index] = {
-            name: _quantizer(spec, name == "value", f"layers.{layer.index}.{name}", tensors)
+            name: _quantizer(spec, name == "value" and not spec.basis, f"layers.{layer.index}.{name}", tensors)
             for name, spec in (("key", layer.key), ("value", layer.value))
         }
     return Artifact(manifest, quantizers, folder)
@@ -193,7 +194,9 @@ def _quantizer(spec: TensorSpec, relative: bool, prefix: str, tensors: dict[str,
     layout = Layout(widths, tensors[f"{prefix}.word"], tensors[f"{prefix}.shift"], spec.words, spec.segment)
     codebook = Codebook.from_ragged(tensors[f"{prefix}.codebook"], widths)
     feedback = Feedback(widths, tensors[f"{prefix}.feedback"]) if spec.feedback else None
-    return Quantizer(codebook, layout, relative, spec.scope, spec.outliers, tensors[f"{prefix}.weight"], feedback)
+    basis = Basis(tensors[f"{prefix}.basis"]) if spec.basis else None
+    weight = tensors[f"{prefix}.weight"]
+    return Quantizer(codebook, layout, relative, spec.scope, spec.outliers, weight, feedback, basis)
 
 
 def check_fit(artifact: Artifact, model: PreTrainedModel) -> ModelIdentity:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcalib.artifact.store import MANIFEST, inside
@@ -102,6 +103,11 @@ class Adaptive:
                 )
             for layer, pair in tier.items():
                 for role, quantizer in pair.items():
+                    if not _same_basis(quantizer, self.tiers[0][layer][role]):
+                        raise ArtifactMismatch(
+                            f"{where}: tier {number}, layer {layer}: {role}s are kept in another basis than in tier 0; "
+                            "build all tiers from one run, with one --value-basis"
+                        )
                     found, expected = (tuple(q.layout.widths.shape) for q in (quantizer, quantizers[layer][role]))
                     if found != expected:
                         raise ArtifactMismatch(
@@ -140,6 +146,13 @@ class Adaptive:
             self.every,
         )
         return made if eviction is None else EvictingAdaptiveLayer(made, eviction, alpha, share)
+
+
+def _same_basis(one: Quantizer, other: Quantizer) -> bool:
+    """Whether what one of them decodes lies along the axes of the other."""
+    if one.basis is None or other.basis is None:
+        return one.basis is other.basis
+    return torch.equal(one.basis.matrix, other.basis.matrix)
 
 
 def load_adaptive(folder: str | Path, keep_exact: KeepExact = "no", every: int = 16) -> Adaptive:

@@ -122,6 +122,8 @@ def quantizer_tensors(quantizer: Quantizer, prefix: str) -> dict[str, Tensor]:
         f"{prefix}.shift": quantizer.layout.shift,
         f"{prefix}.weight": quantizer.weight,
     }
+    if quantizer.basis is not None:
+        tensors[f"{prefix}.basis"] = quantizer.basis.matrix
     if quantizer.feedback is not None:
         tensors[f"{prefix}.feedback"] = quantizer.feedback.triangle
     return tensors
@@ -138,6 +140,7 @@ def _spec(quantizer: Quantizer, loss: float, pairs: Tensor | None) -> TensorSpec
         scope=quantizer.scope,
         outliers=quantizer.outliers,
         feedback=quantizer.feedback is not None,
+        basis=quantizer.basis is not None,
         mean_bits=quantizer.layout.bits / (heads * head_dim),
         predicted_loss=loss,
     )

@@ -2,8 +2,8 @@
 
 The file holds per layer and for keys and values: `ladder [H, D, 511]` (codebooks of all widths 0..8), `weight [H, D]`
 (mean Fisher per token), `loss [9, H, D]` (predicted loss in nats per token of each width, by nearest rounding) and, for
-error feedback, `curvature [H, D, D]` (mean of g g', g the gradient). Bits are chosen from it afterwards, by `build` or
-by allocation.
+error feedback, `curvature [H, D, D]` (mean of g g', g the gradient). Of values in a basis of their own there is `basis
+[H, D, D]`, and all else is along it. Bits are chosen from the file afterwards, by `build` or by allocation.
 
 An *option* is a share of outliers and a scope (what shares their ranks, and a value's zero and scale). The run has a
 base option; with `choices` further ones are fitted for allocation to choose among, each with a ladder and a loss table
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kvcalib.artifact.manifest import MOST_SINKS, FitSettings
 from kvcalib.errors import InputError
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import Format
 from kvcalib.quant.fitting import Granularity, Solver, Weights, make_quantizer
 from kvcalib.quant.outliers import outlier_count
@@ -31,8 +32,9 @@ from kvcalib.quant.quantizer import BYTE_INDEXED, Quantizer, Scope
 from kvcalib.rundir import CODEBOOKS, RunDir, fingerprint
 from kvcalib.streamed import TensorFile
 
-STAGE_VERSION = 4
+STAGE_VERSION = 5
 Role = Literal["key", "value"]
+ValueBasis = Literal["pca", "none"]
 ROLES: tuple[Role, ...] = ("key", "value")
 
 
@@ -42,7 +44,7 @@ class Option(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     outliers: float = Field(ge=0, le=0.05, description="Exact share of a group's elements.")
-    scope: Scope = Field(description="Group of outlier ranks and, for values, of zero and scale.")
+    scope: Scope = Field(description="Group of outlier ranks and, where values have them, of zero and scale.")
 
     def __str__(self) -> str:
         return f"{100 * self.outliers:g} % outliers per {self.scope}"
@@ -70,7 +72,12 @@ class FitNuqSettings(BaseModel):
     value_bits: int = Field(default=3, ge=1, le=MAX_BITS)
     granularity: Granularity = "channel"
     value_granularity: Granularity = "channel"
-    value_scale: Scope = Field(default="token", description="What shares a zero and scale: a token, or its head.")
+    value_basis: ValueBasis = Field(
+        default="pca", description="Axes of values: each head's principal ones, or the model's, with zero and scale."
+    )
+    value_scale: Scope = Field(
+        default="token", description="What shares outlier ranks of values, and zero and scale: a token, or its head."
+    )
     key_outlier_scope: Scope = "token"
     outliers: float = Field(default=0.01, ge=0, le=0.05)
     choices: Choices | None = Field(
@@ -91,8 +98,12 @@ class FitNuqSettings(BaseModel):
         """Bits by role."""
         return {"key": self.key_bits, "value": self.value_bits}
 
+    def relative(self, role: Role) -> bool:
+        """Whether codebooks are relative to a zero and scale of each token."""
+        return role == "value" and self.value_basis == "none"
+
     def scope(self, role: Role) -> Scope:
-        """Group of outlier ranks, and for values of zero and scale."""
+        """Group of outlier ranks, and of zero and scale."""
         return self.key_outlier_scope if role == "key" else self.value_scale
 
     def option(self, role: Role) -> Option:
@@ -102,16 +113,16 @@ class FitNuqSettings(BaseModel):
     def options(self, role: Role, heads: int, head_dim: int) -> list[Option]:
         """The base option, then those of `choices` that differ from it and from one another in what is stored.
 
-        Shares that round up to one number of outliers are one option, and the scope makes no difference to keys without
-        outliers. Ranks of keys per head are left out where an index into all of a token's elements takes one byte
-        anyway: ranks per token then keep the better elements at the same size.
+        Shares that round up to one number of outliers are one option. The scope makes no difference where there are
+        neither outliers nor scales. Ranks per head are left out where a group has no scale and an index into all of a
+        token's elements takes one byte anyway: ranks per token then keep the better elements at the same size.
         """
         found: dict[tuple[Scope, int], Option] = {}
         more = () if self.choices is None else itertools.product(self.choices.scopes, self.choices.outliers)
         for option in (self.option(role), *(Option(outliers=share, scope=scope) for scope, share in more)):
             count = outlier_count(option.outliers, head_dim if option.scope == "head" else heads * head_dim)
-            scope = "token" if role == "key" and not count else option.scope
-            if found and role == "key" and scope == "head" and heads * head_dim <= BYTE_INDEXED:
+            scope = option.scope if count or self.relative(role) else "token"
+            if found and not self.relative(role) and scope == "head" and heads * head_dim <= BYTE_INDEXED:
                 continue
             found.setdefault((scope, count), option)
         return list(found.values())
@@ -179,7 +190,7 @@ class Codebooks:
         return sorted({int(name.split(".")[1]) for name in self.tensors})
 
     def get(self, layer: int, role: Role, name: str) -> Tensor:
-        """`ladder`, `weight`, `loss` or `curvature` of one layer's keys or values, `order` of its keys."""
+        """`ladder`, `weight`, `loss` or `curvature` of one layer's keys or values; keys' `order`, values' `basis`."""
         place = self.options(layer, role).index(self.option(layer, role)) if name in ("ladder", "loss") else 0
         return self.tensors[tensor_name(layer, role, name, place)]
 
@@ -206,13 +217,19 @@ class Codebooks:
         return make_quantizer(
             self.get(layer, role, "ladder"),
             self.widths(layer, role, bits),
-            role == "value",
+            self.settings.relative(role),
             option.scope,
             option.outliers,
             self.get(layer, role, "weight"),
             self.get(layer, role, "order") if role == "key" else None,
             self.get(layer, role, "curvature") if feedback and self.settings.feedback else None,
+            self.basis(layer, role),
         )
+
+    def basis(self, layer: int, role: Role) -> Basis | None:
+        """The basis that one layer's keys or values are kept in; None for the model's own."""
+        kept = role == "value" and self.settings.value_basis == "pca"
+        return Basis(self.get(layer, role, "basis")) if kept else None
 
 
 def tensor_name(layer: int, role: Role, what: str, place: int = 0) -> str:

@@ -27,7 +27,7 @@ def budget_range(shapes: list[tuple[int, int]], settings: FitNuqSettings) -> tup
         shapes: `(kv heads, head_dim)` of each layer that is packed.
     """
     fixed = [
-        [_fixed_bits(*shape, role == "value", o.scope, o.outliers) for o in settings.options(role, *shape)]
+        [_fixed_bits(*shape, settings.relative(role), o.scope, o.outliers) for o in settings.options(role, *shape)]
         for shape in shapes
         for role in ROLES
     ]

@@ -12,6 +12,7 @@ its ladders (2 kB a channel, role and option). Putting the parts together holds 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from kvcalib.calibration.statistics import Calibration, rope_pairs
 from kvcalib.errors import InputError, NonFiniteActivations
 from kvcalib.files import write_tensors
 from kvcalib.launch import Launch
-from kvcalib.quant.fitting import FitOptions, fit_keys, fit_values, predicted_loss
+from kvcalib.quant.basis import Basis
+from kvcalib.quant.fitting import FitOptions, fit_absolute, fit_relative, predicted_loss
 from kvcalib.quant.fitting import uniform_quantizer as at_bits
 from kvcalib.quant.packing import MAX_BITS
 from kvcalib.rundir import CALIBRATION, CODEBOOKS, RunDir, fingerprint
@@ -100,6 +102,8 @@ def _fit_and_join(run_dir: RunDir, settings: FitNuqSettings, recorded: dict[str,
         calibration, _ = Calibration.load(run_dir.file(CALIBRATION))
         # Refused before anything is written.
         sample_without_sinks(calibration, settings.sinks)
+        if settings.value_basis == "pca":
+            _check_gradients(calibration)
         if settings.feedback:
             _curvature(calibration, calibration.info.layers[0].index, "key")
     folder = here.in_turn("fit-nuq", lambda: run_dir.parts(PARTS, recorded, discard=True))
@@ -163,33 +167,27 @@ def sample_without_sinks(calibration: Calibration, sinks: int) -> Tensor:
 
 
 def fit_layer(calibration: Calibration, layer: int, settings: FitNuqSettings) -> dict[str, Tensor]:
-    """Ladder, weight and loss table of one layer's keys and values."""
-    data = calibration.layer(layer)
-    keep = sample_without_sinks(calibration, settings.sinks)
+    """Ladder, weight and loss table of one layer's keys and values, and what else of `codebooks.py` they have."""
     fitted = {}
     for role in ROLES:
-        x, fisher = data[f"sample.{role}"][keep], data[f"sample.{role}_fisher"][keep]
-        if not bool(torch.isfinite(x).all() and torch.isfinite(fisher).all()):
-            raise NonFiniteActivations(
-                f"fit-nuq: layer {layer}: the calibration's {role}s or their Fisher hold NaN or infinities; "
-                "run `kvcalib fisher` again, with --dtype float32 or bfloat16"
-            )
+        points = _points(calibration, layer, role, settings)
         if role == "key":
             fitted[tensor_name(layer, role, "order")] = channel_order(calibration, layer)
-        mean = (data[f"{role}.fisher_sum"] / calibration.info.tokens).float()
-        fitted[tensor_name(layer, role, "weight")] = mean
-        if settings.feedback:
-            fitted[tensor_name(layer, role, "curvature")] = _curvature(calibration, layer, role)
-        for place, option in enumerate(settings.options(role, *mean.shape)):
-            ladder = _fit(x, fisher, role, option, settings)
+        if points.basis is not None:
+            fitted[tensor_name(layer, role, "basis")] = points.basis.matrix
+        if settings.feedback and points.curvature is not None:
+            fitted[tensor_name(layer, role, "curvature")] = points.curvature.float()
+        fitted[tensor_name(layer, role, "weight")] = points.weight
+        for place, option in enumerate(settings.options(role, *points.weight.shape)):
+            ladder = _fit(points, role, option, settings)
             fitted[tensor_name(layer, role, "ladder", place)] = ladder
             fitted[tensor_name(layer, role, "loss", place)] = torch.stack(
                 [
                     predicted_loss(
-                        at_bits(ladder, bits, role == "value", option.scope, option.outliers, mean),
-                        x,
-                        fisher,
-                        exact_dtype(x.dtype),
+                        at_bits(ladder, bits, settings.relative(role), option.scope, option.outliers, points.weight),
+                        points.x,
+                        points.fisher,
+                        exact_dtype(points.x.dtype),
                     )
                     for bits in range(MAX_BITS + 1)
                 ]
@@ -197,17 +195,63 @@ def fit_layer(calibration: Calibration, layer: int, settings: FitNuqSettings) ->
     return fitted
 
 
-def _fit(x: Tensor, fisher: Tensor, role: Role, option: Option, settings: FitNuqSettings) -> Tensor:
-    """Ladders `[H, D, 511]` float32 of the sample `x [n, H, D]` under one option."""
+@dataclass(frozen=True)
+class _Points:
+    """What the codebooks of one layer's keys or values are fitted to, all of it along `basis`.
+
+    Attributes:
+        x, fisher: `[n, H, D]`, of sampled tokens without sinks. weight: `[H, D]`, mean Fisher of all tokens.
+        curvature: `[H, D, D]` float64, None if nothing asks for it.
+    """
+
+    x: Tensor
+    fisher: Tensor
+    weight: Tensor
+    curvature: Tensor | None
+    basis: Basis | None = None
+
+
+def _points(calibration: Calibration, layer: int, role: Role, settings: FitNuqSettings) -> _Points:
+    data, keep = calibration.layer(layer), sample_without_sinks(calibration, settings.sinks)
+    x, fisher = data[f"sample.{role}"][keep], data[f"sample.{role}_fisher"][keep]
+    if not bool(torch.isfinite(x).all() and torch.isfinite(fisher).all()):
+        raise NonFiniteActivations(
+            f"fit-nuq: layer {layer}: the calibration's {role}s or their Fisher hold NaN or infinities; "
+            "run `kvcalib fisher` again, with --dtype float32 or bfloat16"
+        )
+    turned = role == "value" and settings.value_basis == "pca"
+    curvature = _curvature(calibration, layer, role) if turned or settings.feedback else None
+    if not turned or curvature is None:
+        weight = (data[f"{role}.fisher_sum"] / calibration.info.tokens).float()
+        return _Points(x, fisher, weight, curvature)
+    basis = Basis.principal(x)
+    gradient = basis.rows_forth(data[f"sample.{role}_gradient"][keep])
+    curvature = basis.curvature_forth(curvature)
+    weight = curvature.diagonal(dim1=1, dim2=2).clamp(min=0).float()
+    return _Points(basis.rows_forth(x), gradient.square(), weight, curvature, basis)
+
+
+def _fit(points: _Points, role: Role, option: Option, settings: FitNuqSettings) -> Tensor:
+    """Ladders `[H, D, 511]` float32 under one option."""
     options = FitOptions(settings.format, settings.weights, option.outliers, settings.qnorm, settings.solver)
-    wide, weight = x.double().numpy(), fisher.double().numpy()
-    if role == "key":
-        return fit_keys(wide, weight, settings.granularity, option.scope, options).float()
-    return fit_values(wide, weight, settings.value_granularity, option.scope, options).float()
+    wide, weight = points.x.double().numpy(), points.fisher.double().numpy()
+    fit = fit_relative if settings.relative(role) else fit_absolute
+    granularity = settings.granularity if role == "key" else settings.value_granularity
+    return fit(wide, weight, granularity, option.scope, options).float()
+
+
+def _check_gradients(calibration: Calibration) -> None:
+    """InputError if the calibration is too old to have gradients with their sign."""
+    if f"layers.{calibration.info.layers[0].index}.sample.value_gradient" not in calibration.stored:
+        raise InputError(
+            f"fit-nuq: the calibration is of version {calibration.info.version}, whose sampled gradients have no sign, "
+            "as values in a basis of their own need (version 7); run `kvcalib fisher` again with --overwrite, or pass "
+            "--value-basis none"
+        )
 
 
 def _curvature(calibration: Calibration, layer: int, role: Role) -> Tensor:
-    """`[H, D, D]` float32; InputError if the calibration is too old to have it."""
+    """`[H, D, D]` float64; InputError if the calibration is too old to have it."""
     found = calibration.curvature(layer, role)
     if found is None:
         raise InputError(
@@ -215,7 +259,7 @@ def _curvature(calibration: Calibration, layer: int, role: Role) -> Tensor:
             "gradients, as error feedback needs (version 6); run `kvcalib fisher` again with --overwrite, or pass "
             "--no-feedback"
         )
-    return found.float()
+    return found
 
 
 def channel_order(calibration: Calibration, layer: int) -> Tensor:

@@ -134,7 +134,7 @@ def overhead(codebooks: Codebooks, layer: int, role: Role) -> int:
     codebook, layout = _empty(*weight.shape)
     elements = weight.shape[1] if option.scope == "head" else weight.numel()
     count = outlier_count(option.outliers, elements)
-    return row_bits(Quantizer(codebook, layout, role == "value", option.scope, count, weight))
+    return row_bits(Quantizer(codebook, layout, codebooks.settings.relative(role), option.scope, count, weight))
 
 
 def row_bits(quantizer: Quantizer) -> int:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kvcalib import __version__
 from kvcalib.artifact import store
 from kvcalib.artifact.manifest import Manifest
-from kvcalib.calibration.statistics import READABLE, CalibrationInfo
+from kvcalib.calibration.statistics import READABLE, Calibration, CalibrationInfo
 from kvcalib.calibration.validate import read_info
 from kvcalib.errors import CorruptFile, InputError, KvcalibError
 from kvcalib.evaluation.comparison import Comparison
@@ -126,7 +126,7 @@ def gather(
     name = manifest.model.name if manifest else info.model.name if info else ""
     densities, rule = list[Density](), ""
     if artifact is not None and subject.run is not None:
-        densities, rule = data.densities(artifact, subject.run.file(CALIBRATION))
+        densities, rule = data.densities(artifact, Calibration.load(subject.run.file(CALIBRATION))[0])
     return Report(
         model=name,
         artifact=None if artifact is None or artifact.path is None else artifact.path.name,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from kvcalib.artifact.card import refinement
 from kvcalib.artifact.manifest import LayerSpec, Manifest, TensorSpec
-from kvcalib.calibration.statistics import CalibrationInfo
+from kvcalib.calibration.statistics import Calibration, CalibrationInfo
 from kvcalib.evaluation.comparison import Comparison, Interval, Row
 from kvcalib.evaluation.perplexity import Evaluation
-from kvcalib.files import read_tensors
 from kvcalib.model.footprint import Footprint
 from kvcalib.quant.quantizer import Quantizer
 from kvcalib.report.data import CacheLayer, Contender, Density, Estimate, Layer, Measurement, Memory, Recall
@@ -77,7 +76,7 @@ def memory(artifact: Artifact, size: Footprint | None) -> Memory:
     return Memory(found, 2.0 * size.parameters, size.context)
 
 
-def densities(artifact: Artifact, calibration: Path) -> tuple[list[Density], str]:
+def densities(artifact: Artifact, calibration: Calibration) -> tuple[list[Density], str]:
     """Histograms of chosen channels of chosen layers, and the rule by which they were chosen."""
     specs = artifact.manifest.layers
     shown = [specs[i] for i in _evenly(len(specs), SHOWN_LAYERS)]
@@ -86,16 +85,16 @@ def densities(artifact: Artifact, calibration: Path) -> tuple[list[Density], str
     return found, RULE.format(layers=every)
 
 
-def _of_layer(artifact: Artifact, spec: LayerSpec, calibration: Path) -> list[Density]:
-    prefix = f"layers.{spec.index}.sample."
-    names = [prefix + role + what for role in ("key", "value") for what in ("", "_fisher")]
-    data, _ = read_tensors(calibration, names)
+def _of_layer(artifact: Artifact, spec: LayerSpec, calibration: Calibration) -> list[Density]:
+    data = calibration.layer(spec.index)
     found = []
     roles: tuple[Role, ...] = ("key", "value")
     for role in roles:
         quantizer = artifact.quantizers[spec.index][role]
-        x, fisher = data[prefix + role], data[prefix + role + "_fisher"].float()
-        normal = _normal(quantizer, x) if role == "value" else (x.float(), torch.ones(x.shape[0], x.shape[1]))
+        x, fisher = quantizer.along(data[f"sample.{role}"]), data[f"sample.{role}_fisher"]
+        if quantizer.basis is not None:
+            fisher = quantizer.along(data[f"sample.{role}_gradient"]).square()
+        normal = _normal(quantizer, x) if quantizer.relative else (x.float(), torch.ones(x.shape[0], x.shape[1]))
         order = quantizer.weight.flatten().argsort(descending=True, stable=True)
         chosen = [(int(order[0]), "greatest Fisher")]
         if role == "key":
@@ -106,8 +105,15 @@ def _of_layer(artifact: Artifact, spec: LayerSpec, calibration: Path) -> list[De
             weight = fisher[:, head, channel] * normal[1][:, head].square()
             width = int(quantizer.layout.widths[head, channel])
             centroids = quantizer.codebook.centroids[head, channel, : 1 << width].tolist()
-            found.append(_density(spec.index, role, head, channel, why, width, values, weight, centroids))
+            unit = _unit(role, quantizer)
+            found.append(_density(spec.index, role, head, channel, why, width, values, weight, centroids, unit))
     return found
+
+
+def _unit(role: Role, quantizer: Quantizer) -> str:
+    if role == "key":
+        return "key, before rotation"
+    return "value, relative to its token's scale" if quantizer.basis is None else "value, along the head's own axis"
 
 
 def _normal(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +134,7 @@ def _density(
     values: Tensor,
     weight: Tensor,
     centroids: list[float],
+    unit: str,
 ) -> Density:
     x, w = values.double().numpy(), weight.double().numpy()
     low, high = np.quantile(x, [(1 - INSIDE) / 2, (1 + INSIDE) / 2])
@@ -138,7 +145,7 @@ def _density(
     weighted, _ = np.histogram(x, edges, weights=w)
     return Density(
         layer, role, head, channel, why, width, edges.tolist(), (counts / len(x)).tolist(),
-        (weighted / max(w.sum(), 1e-300)).tolist(), centroids, float(1 - counts.sum() / len(x)),
+        (weighted / max(w.sum(), 1e-300)).tolist(), centroids, float(1 - counts.sum() / len(x)), unit,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ from kvcalib.runtime.policies import find
 from kvcalib.runtime.pools import MOST_TIERS
 from kvcalib.stages import allocate, fit_nuq
 from kvcalib.stages.allocate import AllocateSettings
+from kvcalib.stages.codebooks import ValueBasis
 from kvcalib.stages.evaluate import EvalSettings
 from kvcalib.stages.fisher import FisherSettings
 from kvcalib.stages.fit_nuq import FitNuqSettings
@@ -93,6 +94,7 @@ class Axes(_Settings):
     sinks: Annotated[tuple[Count, ...], Listed] = (0,)
     format: Annotated[tuple[Format, ...], Listed] = ("nuq",)
     granularity: Annotated[tuple[Granularity, ...], Listed] = ("channel",)
+    value_basis: Annotated[tuple[ValueBasis, ...], Listed] = ("pca",)
     value_scale: Annotated[tuple[Scope, ...], Listed] = ("token",)
     method: Annotated[tuple[Method, ...], Listed] = ("fisher",)
     window: Annotated[tuple[Annotated[int, Field(ge=1)] | None, ...], Listed] = Field(
@@ -127,6 +129,7 @@ class Point(_Settings):
     sinks: int = 0
     format: Format = "nuq"
     granularity: Granularity = "channel"
+    value_basis: ValueBasis = "pca"
     value_scale: Scope = "token"
     method: Method = "fisher"
     window: int | None = None
@@ -152,6 +155,7 @@ class Point(_Settings):
             format=self.format,
             granularity=self.granularity,
             value_granularity=self.granularity,
+            value_basis=self.value_basis,
             value_scale=self.value_scale,
             **given,
         )

@@ -70,8 +70,14 @@ def test_figures():
     assert f"| 0 | 3.00 | 3.00 | {loss} | {loss} | | |" in text
     assert "No comparison was attached" in text
     assert f"{100 * 1 / 16:.3g} % of a token's elements" in text
-    # one outlier of 16 + 8 bits in both, zero and scale of values, and a position, over 2 x 16 elements
-    assert effective_bits(manifest) == (2 * 32 * key.words + 2 * 24 + 32 + 32) / 32
+    # one outlier of 16 + 8 bits in both, and a position, over 2 x 16 elements
+    assert effective_bits(manifest) == (2 * 32 * key.words + 2 * 24 + 32) / 32
+    # values that are kept as they are have a zero and scale too
+    as_they_are = manifest.layers[0].model_copy(update={"value": key})
+    scaled = manifest.model_copy(update={"layers": [as_they_are]})
+    assert effective_bits(scaled) == effective_bits(manifest) + 32 / 32
+    assert "Values: along their principal axes." in text
+    assert "Values: as they are, with zero and scale." in card(scaled)
     friendly = Friendliness(key_error=0.125, value_error=0.25)
     told = manifest.layers[0].model_copy(update={"friendliness": friendly})
     assert "| 0.125 | 0.250 |" in card(manifest.model_copy(update={"layers": [told]}))

@@ -40,7 +40,7 @@ def test_real_manifest_fits(validator, body):
         lambda b: b["layers"][0]["key"].update(colour="red"),
         lambda b: b["layers"][0]["key"].update(mean_bits=9),
         lambda b: b["layers"][0]["key"].update(words="many"),
-        lambda b: b.update(format_version=4),
+        lambda b: b.update(format_version=5),
         lambda b: b.pop("digest"),
         lambda b: b.pop("model"),
         lambda b: b["calibration"].update(fingerprint="short"),

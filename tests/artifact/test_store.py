@@ -42,10 +42,12 @@ def example(seed: int = 0):
         weight = torch.rand(HEADS, DIM, generator=generator)
         named = {"widths": layout.widths, "codebook": centroids.flatten(), "word": layout.word, "shift": layout.shift}
         named |= {"weight": weight, "feedback": torch.randn(HEADS, DIM * (DIM - 1) // 2, generator=generator)}
+        if role == "value":
+            named["basis"] = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator)).Q
         tensors |= {f"layers.0.{role}.{name}": t.clone() for name, t in named.items()}
     spec = TensorSpec(
         kv_heads=HEADS, head_dim=DIM, words=layout.words, segment=layout.segment, scope="token", outliers=1,
-        feedback=True, mean_bits=BITS, predicted_loss=1.25e-05,
+        feedback=True, basis=False, mean_bits=BITS, predicted_loss=1.25e-05,
     )  # fmt: skip
     manifest = Manifest(
         producer=Producer(version="0.1.0"),
@@ -61,7 +63,7 @@ def example(seed: int = 0):
             sinks=0, qnorm=False, solver="exact",
         ),
         runtime=RuntimeDefaults(),
-        layers=[LayerSpec(index=0, key=spec, value=spec)],
+        layers=[LayerSpec(index=0, key=spec, value=spec.model_copy(update={"basis": True}))],
         tensors={},
         files={},
     )  # fmt: skip
@@ -182,10 +184,10 @@ def test_appended_byte_is_found(artifact, name):
         store.read(artifact)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, 0, "3", None, 2.5])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, 0, "4", None, 2.5])
 def test_unknown_version_is_named(artifact, version):
     rewrite(artifact, lambda body: body.update(format_version=version))
-    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 3"):
+    with pytest.raises(CorruptFile, match=rf"format_version is {version!r}, this kvcalib reads 4"):
         store.read(artifact)
 
 

@@ -36,6 +36,7 @@ SCOPES = {(0, "key"): ("token", 2), (0, "value"): ("head", 1), (1, "key"): ("hea
 
 # Both scopes, keys and values.
 FEEDBACK = {(0, "key"), (0, "value"), (1, "value")}
+BASIS = {(1, "value")}
 
 
 @lru_cache(maxsize=1)
@@ -67,15 +68,18 @@ def base(seed: int = 0) -> tuple[Body, Arrays]:
             if feedback:
                 triangle = chance.normal(0, 0.3, (HEADS, DIM * (DIM - 1) // 2))
                 arrays[f"layers.{layer}.{role}.feedback"] = triangle.astype(np.float32)
+            if (layer, role) in BASIS:
+                axes, _ = np.linalg.qr(chance.normal(0, 1, (HEADS, DIM, DIM)))
+                arrays[f"layers.{layer}.{role}.basis"] = np.ascontiguousarray(axes, np.float32)
             specs[role] = {
                 "kv_heads": HEADS, "head_dim": DIM, "words": layout.words, "segment": layout.segment, "group": 0,
                 "scope": scope, "outliers": outliers, "feedback": feedback,
-                "mean_bits": float(widths.mean()), "predicted_loss": 1e-05,
+                "basis": (layer, role) in BASIS, "mean_bits": float(widths.mean()), "predicted_loss": 1e-05,
             }  # fmt: skip
         figures = {"key_error": 0.1, "value_error": 0.2, "alpha": 0.5, "key_by_head": [0.1] * HEADS}
         layers.append({"index": layer, **specs, "friendliness": figures if layer else None, "sliding": None})
     body = {
-        "format": "kvcalib-artifact", "format_version": 3, "producer": {"name": "kvcalib", "version": "0.1.0"},
+        "format": "kvcalib-artifact", "format_version": 4, "producer": {"name": "kvcalib", "version": "0.1.0"},
         "model": identity().model_dump(mode="json"),
         "calibration": {"data": "builtin", "sequences": 2, "tokens": 32, "sampled_tokens": 32, "seq_len": 16, "seed": 0,
                         "nll": 4.5, "fingerprint": "2" * 64},
@@ -112,7 +116,7 @@ def file_of(header: Any, data: bytes) -> bytes:
 
 def pieces(arrays: Arrays) -> tuple[Body, bytes]:
     """Header and data of the arrays, without lies."""
-    note = {"format": "kvcalib-artifact", "format_version": 3}
+    note = {"format": "kvcalib-artifact", "format_version": 4}
     header: Body = {"__metadata__": {"kvcalib": json.dumps(note, separators=(",", ":"))}}
     data = b""
     for name, array in arrays.items():

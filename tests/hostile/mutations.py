@@ -123,8 +123,10 @@ def harmless(arrays: Arrays, chance: random.Random) -> None:
     """A change that leaves a valid artifact: numbers within their range, channels that swap their places in the row."""
     role = chance.choice(["key", "value"])
     prefix = f"layers.{chance.randrange(2)}.{role}."
-    action = chance.randrange(5)
-    if action == 4 and prefix + "feedback" in arrays:
+    action = chance.randrange(6)
+    if action == 5 and prefix + "basis" in arrays:
+        arrays[prefix + "basis"] = np.roll(-arrays[prefix + "basis"], chance.randrange(16), axis=2)
+    elif action == 4 and prefix + "feedback" in arrays:
         arrays[prefix + "feedback"] *= np.float32(10.0 ** chance.uniform(-30, 4))
     elif action == 0:
         arrays[prefix + "weight"] *= np.float32(10.0 ** chance.uniform(-30, 18))

@@ -22,7 +22,7 @@ Check = Callable[[Any], bool]
 PLANES = {0: [], 1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [4, 4]}
 KINDS = {"F32": ("float32", 4, "<f4"), "I16": ("int16", 2, "<i2"), "U8": ("uint8", 1, "u1")}
 PARTS = {"widths": "u1", "codebook": "<f4", "word": "<i2", "shift": "u1", "weight": "<f4"}
-NOTE = '{"format":"kvcalib-artifact","format_version":3}'
+NOTE = '{"format":"kvcalib-artifact","format_version":4}'
 MOST = 2**53 - 1
 
 
@@ -58,7 +58,7 @@ HASH = "[0-9a-f]{64}"
 ROLE: dict[str, Check] = {
     "kv_heads": integer(1), "head_dim": integer(1), "words": integer(0), "segment": one_of("head", "row"),
     "group": one_of(0, 16), "scope": one_of("token", "head"), "outliers": integer(0), "feedback": one_of(True, False),
-    "mean_bits": real(0, 8), "predicted_loss": real(0),
+    "basis": one_of(True, False), "mean_bits": real(0, 8), "predicted_loss": real(0),
 }  # fmt: skip
 FRIENDLY: dict[str, Check] = {"key_error": real(0), "value_error": real(0)}
 FRIENDLY_MAY: dict[str, Check] = {
@@ -89,7 +89,7 @@ LAYER: dict[str, Check] = {
 }  # fmt: skip
 TOP: dict[str, Check] = {
     "format": one_of("kvcalib-artifact"),
-    "format_version": one_of(3),
+    "format_version": one_of(4),
     "digest": text(HASH),
     "producer": lambda x: fields(x, {"name": one_of("kvcalib"), "version": text()}),
     "model": lambda x: fields(x, {
@@ -174,7 +174,7 @@ def read_manifest(raw: bytes) -> dict[str, Any]:
     need(raw.count(b"\n") <= 200_000, "lines")
     body = parse(raw)
     need(type(body) is dict and body.get("format") == "kvcalib-artifact", "format")
-    need(type(body.get("format_version")) is int and body["format_version"] == 3, "version")
+    need(type(body.get("format_version")) is int and body["format_version"] == 4, "version")
 
     def render(value: Any) -> bytes:
         return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
@@ -189,13 +189,14 @@ def read_manifest(raw: bytes) -> dict[str, Any]:
         f"layers.{layer['index']}.{role}.{name}"
         for layer in body["layers"]
         for role in ("key", "value")
-        for name in (*PARTS, *(["feedback"] if layer[role]["feedback"] else []))
+        for name in (*PARTS, *(n for n in ("feedback", "basis") if layer[role][n]))
     }
     need(set(body["tensors"]) == names, "tensors that no layer has, or too few")
     indices = [layer["index"] for layer in body["layers"]]
     need(indices == sorted(set(indices)), "order of layers")
     need(all(i < body["model"]["num_hidden_layers"] for i in indices), "index of a layer")
     for layer in body["layers"]:
+        need(not layer["key"]["basis"], "keys in a basis of their own")
         for name in ("key", "value"):
             by_head = (layer["friendliness"] or {}).get(f"{name}_by_head")
             need(by_head is None or len(by_head) == layer[name]["kv_heads"], "figures by head")
@@ -234,7 +235,11 @@ def read_tensors(raw: bytes, manifest: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def check_role(spec: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     heads, dim, count = spec["kv_heads"], spec["head_dim"], spec["words"]
-    kinds = PARTS | ({"feedback": "<f4"} if spec["feedback"] else {})
+    kinds = PARTS | {name: "<f4" for name in ("feedback", "basis") if spec[name]}
+    if spec["basis"]:
+        need(arrays["basis"].shape == (heads, dim, dim), "shape of basis")
+        for axes in arrays["basis"].astype(np.float64):
+            need(bool((abs(axes.T @ axes - np.eye(dim)) <= 1e-4).all()), "basis")
     if spec["feedback"]:
         need(dim > 1 and arrays["feedback"].shape == (heads, dim * (dim - 1) // 2), "shape of feedback")
         need(all(abs(x) <= 65504 for x in arrays["feedback"].ravel().tolist()), "feedback")

@@ -31,6 +31,7 @@ from tests.hostile.builders import (
 )
 
 KEY = "layers.0.key"
+AXES = "layers.1.value.basis"
 HUGE = 10**18
 
 
@@ -71,7 +72,7 @@ FIELDS = {
     "version as text": (put("format_version", "3"), "format_version is '3'"),
     "version as a float": (put("format_version", 3.0), r"format_version is 3\.0"),
     "version true": (put("format_version", True), "format_version is True"),
-    "a later version": (put("format_version", 4), "format_version is 4"),
+    "a later version": (put("format_version", 5), "format_version is 5"),
     "another format": (put("format", "kvcalib-adaptive"), "format"),
     "unknown field": (put("colour", "red"), "colour"),
     "unknown field deep down": (put("layers", 1, "value", "colour", "red"), r"layers\.1\.value\.colour"),
@@ -79,7 +80,8 @@ FIELDS = {
     "no layers field": (drop("layers"), "layers"),
     "layers as an object": (put("layers", {}), "layers"),
     "layers of nulls": (put("layers", [None]), r"layers\.0"),
-    "layer twice": (lambda b: b["layers"][1].update(index=0), r"tensors: 'layers\.1\.key|layers\[1\]\.index"),
+    "layer twice": (lambda b: b["layers"][1].update(index=0), r"tensors: 'layers\.[01]\.|layers\[1\]\.index"),
+    "keys in a basis of their own": (put("layers", 1, "key", "basis", True), r"layers\[1\]\.key\.basis is true"),
     "the same layer twice": (lambda b: b["layers"].insert(0, b["layers"][0]), r"layers\[1\]\.index is 0"),
     "layers in descending order": (lambda b: b["layers"].reverse(), r"layers\[1\]\.index is 0, expected more than 1"),
     "fewer layers in the model": (put("model", "num_hidden_layers", 1), r"layers\[1\]\.index is 1.*1 layers"),
@@ -229,6 +231,13 @@ def set_at(name: str, place, value):
     return change
 
 
+def scaled(name: str, factor: float):
+    def change(arrays):
+        arrays[name] *= np.float32(factor)
+
+    return change
+
+
 def cast(name: str, dtype: str):
     def change(arrays):
         arrays[name] = arrays[name].astype(dtype)
@@ -301,6 +310,11 @@ ARRAYS = {
     "feedback of a channel too few": (cut(f"{KEY}.feedback", (slice(None), slice(1, None))),
                                       r"key\.feedback is float32 \[2, 119\], expected float32 \[2, 120\]"),
     "feedback of fewer heads": (cut(f"{KEY}.feedback", slice(0, 1)), r"key\.feedback is float32 \[1, 120\]"),
+    "axes of NaN": (set_at(AXES, (0, 3, 3), np.nan), r"layers\[1\]\.value: basis of head 0 is not orthogonal"),
+    "axes too long": (scaled(AXES, 1.001), r"layers\[1\]\.value: basis of head 0 .* up to 0\.002 off"),
+    "an axis twice": (set_at(AXES, (1, slice(None), 0), 0.25), r"layers\[1\]\.value: basis of head 1"),
+    "axes of fewer heads": (cut(AXES, slice(0, 1)), r"value\.basis is float32 \[1, 16, 16\], expected float32 \[2, 16"),
+    "axes in float64": (cast(AXES, "<f8"), r"value\.basis is float64"),
     "feedback in int16": (cast(f"{KEY}.feedback", "<i2"), r"key\.feedback is int16"),
     "widths turned round": (cut(f"{KEY}.widths", slice(0, 1)), r"widths\.shape is \[1, 16\], expected \[2, 16\]"),
     "a word beyond the row": (at_wide("word", 32767), r"word\[0\]\[0\]\[\d+\] is 32767, expected 0\.\."),
@@ -371,7 +385,7 @@ HEADERS = {
     "an empty tensor more": (lambda h: h.update(empty=empty([0])), "'empty' is not in the manifest"),
     "another name": (lambda h: h.update({"../../x": h.pop(WORD)}), r"tensor '\.\./\.\./x' is not in the manifest"),
     "no metadata": (drop("__metadata__"), "its metadata is"),
-    "metadata of another version": (put("__metadata__", "kvcalib", '{"format":"kvcalib-artifact","format_version":4}'),
+    "metadata of another version": (put("__metadata__", "kvcalib", '{"format":"kvcalib-artifact","format_version":5}'),
                                     "its metadata is"),
     "a metadata key more": (put("__metadata__", "format", "pt"), "its metadata is"),
     "metadata that is no text": (put("__metadata__", "kvcalib", 1), "no object of strings"),

@@ -58,9 +58,10 @@ def wide(body, arrays):
         layer["friendliness"] = None
         for role in ("key", "value"):
             layer[role].update(kv_heads=heads, head_dim=dim, words=1, scope="head", outliers=0, segment="head",
-                               feedback=False)  # fmt: skip
+                               feedback=False, basis=False)  # fmt: skip
             prefix = f"layers.{layer['index']}.{role}."
-            arrays.pop(f"{prefix}feedback", None)
+            for name in ("feedback", "basis"):
+                arrays.pop(prefix + name, None)
             widths = np.zeros((heads, dim), np.uint8)
             widths[0, 0] = 8
             word, shift = np.full((2, heads, dim), -1, np.int16), np.zeros((2, heads, dim), np.uint8)

@@ -4,7 +4,7 @@ import torch
 
 from kvcalib.quant import kmeans
 from kvcalib.quant.codebook import ladder_slice
-from kvcalib.quant.fitting import FitOptions, fit_keys, fit_values, predicted_loss, uniform_quantizer
+from kvcalib.quant.fitting import FitOptions, fit_absolute, fit_relative, predicted_loss, uniform_quantizer
 from tests.runtime.simulated import simulate
 
 PLAIN = FitOptions(outlier_share=0.0)
@@ -19,7 +19,7 @@ def sample(tokens=400, heads=2, head_dim=8, seed=0):
 
 def test_a_channels_codebook_is_the_weighted_optimum_of_its_keys():
     x, fisher = sample()
-    ladders = fit_keys(x, fisher, "channel", "token", PLAIN)
+    ladders = fit_absolute(x, fisher, "channel", "token", PLAIN)
     for bits in (1, 3):
         expected = kmeans.fit(x[:, 1, 3], fisher[:, 1, 3], 1 << bits)
         assert np.allclose(ladders[1, 3, ladder_slice(bits)], expected, rtol=1e-6)
@@ -29,7 +29,7 @@ def test_a_channels_codebook_is_the_weighted_optimum_of_its_keys():
 @pytest.mark.parametrize("weights", ["fisher_scale", "fisher", "none"])
 def test_shared_codebooks_weight_normalised_values_as_asked(granularity, weights):
     x, fisher = sample()
-    ladders = fit_keys(x, fisher, granularity, "token", FitOptions(outlier_share=0.0, weights=weights))
+    ladders = fit_absolute(x, fisher, granularity, "token", FitOptions(outlier_share=0.0, weights=weights))
     low, high = x.min(0), x.max(0)
     zero, scale = (low + high) / 2, (high - low) / 2
     normal = (x - zero) / scale
@@ -47,7 +47,7 @@ def test_eq7_weights_cost_less_predicted_loss_than_none():
     x, fisher = sample()
     losses = {}
     for weights in ("fisher_scale", "none"):
-        ladders = fit_keys(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, weights=weights))
+        ladders = fit_absolute(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, weights=weights))
         q = uniform_quantizer(ladders, 2, False, "token", 0.0, torch.ones(2, 8))
         losses[weights] = float(predicted_loss(q, torch.tensor(x), torch.tensor(fisher), torch.float16).sum())
     assert losses["fisher_scale"] < 0.8 * losses["none"]
@@ -55,7 +55,7 @@ def test_eq7_weights_cost_less_predicted_loss_than_none():
 
 def test_predicted_loss_equals_the_formula_on_the_plain_simulation():
     x, fisher = sample(60)
-    for relative, fit in ((False, fit_keys), (True, fit_values)):
+    for relative, fit in ((False, fit_absolute), (True, fit_relative)):
         q = uniform_quantizer(
             fit(x, fisher, "head", "token", FitOptions()), 3, relative, "token", 0.1, torch.ones(2, 8)
         )
@@ -68,8 +68,8 @@ def test_predicted_loss_equals_the_formula_on_the_plain_simulation():
 def test_outliers_are_left_out_of_the_fit():
     x, fisher = sample()
     x[7, 0, 0] = 1e6
-    with_it = fit_keys(x, fisher, "channel", "token", PLAIN)
-    without = fit_keys(x, fisher, "channel", "token", FitOptions(outlier_share=0.05))
+    with_it = fit_absolute(x, fisher, "channel", "token", PLAIN)
+    without = fit_absolute(x, fisher, "channel", "token", FitOptions(outlier_share=0.05))
     assert with_it[0, 0, ladder_slice(3)].max() > 1e5
     assert without[0, 0, ladder_slice(3)].max() < 1e3
 
@@ -77,22 +77,22 @@ def test_outliers_are_left_out_of_the_fit():
 def test_a_channel_that_is_always_the_outlier_is_still_fitted():
     x, fisher = np.full((400, 2, 8), 0.5), np.ones((400, 2, 8))
     values = x[:, 1, 5] = np.random.default_rng(0).normal(size=400)
-    ladders = fit_keys(x, fisher, "channel", "token", FitOptions(outlier_share=0.05))
+    ladders = fit_absolute(x, fisher, "channel", "token", FitOptions(outlier_share=0.05))
     levels = ladders[1, 5, ladder_slice(3)].numpy()
     assert kmeans.objective(values, None, levels) < 0.1 * values.var() * len(values)
 
 
 def test_values_are_relative_to_their_tokens_range():
     x, fisher = sample()
-    ladders = fit_values(x * np.geomspace(1e-3, 1e3, 400)[:, None, None], fisher, "head", "token", PLAIN)
+    ladders = fit_relative(x * np.geomspace(1e-3, 1e3, 400)[:, None, None], fisher, "head", "token", PLAIN)
     assert ladders.abs().max() <= 1 + 1e-9
     assert torch.equal(ladders[0, 0], ladders[0, 7])
 
 
 def test_qnorm_keeps_weighted_mean_and_spread():
     x, fisher = sample()
-    ladders = fit_keys(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, qnorm=True))
-    plain = fit_keys(x, fisher, "channel", "token", PLAIN)
+    ladders = fit_absolute(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, qnorm=True))
+    plain = fit_absolute(x, fisher, "channel", "token", PLAIN)
     values, weight = x[:, 0, 2], fisher[:, 0, 2]
 
     def moments(v):
@@ -106,7 +106,7 @@ def test_qnorm_keeps_weighted_mean_and_spread():
     assert np.allclose(moments(after), moments(values), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fit", [fit_keys, fit_values])
+@pytest.mark.parametrize("fit", [fit_absolute, fit_relative])
 def test_constant_channels_and_zero_weights_do_not_break_a_fit(fit):
     x, fisher = sample()
     x[:, 0, 0] = 2.5
@@ -118,8 +118,8 @@ def test_constant_channels_and_zero_weights_do_not_break_a_fit(fit):
 
 def test_lloyd_is_never_better_than_exact():
     x, fisher = sample(200, 1, 2)
-    exact = fit_keys(x, fisher, "channel", "token", PLAIN)
-    lloyd = fit_keys(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, solver="lloyd"))
+    exact = fit_absolute(x, fisher, "channel", "token", PLAIN)
+    lloyd = fit_absolute(x, fisher, "channel", "token", FitOptions(outlier_share=0.0, solver="lloyd"))
     for d in range(2):
         a, b = (kmeans.objective(x[:, 0, d], fisher[:, 0, d], t[0, d, ladder_slice(3)].numpy()) for t in (exact, lloyd))
         assert a <= b * (1 + 1e-9)

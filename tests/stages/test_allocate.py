@@ -11,12 +11,12 @@ from kvcalib.allocation.sensitivity import head_statistics
 from kvcalib.calibration.statistics import Calibration, norm_quantile
 from kvcalib.errors import InputError
 from kvcalib.evaluation.perplexity import evaluate
-from kvcalib.files import read_tensors, write_tensors
+from kvcalib.files import write_tensors
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import allocate, build, fit_nuq, options
 from kvcalib.stages.allocate import AllocateSettings
 from kvcalib.stages.fit_nuq import Choices, Codebooks, Option
-from tests.tiny import calibrate, make_run, tiny_family, tiny_llama, tokens
+from tests.tiny import as_of, calibrate, make_run, tiny_family, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")
@@ -184,19 +184,14 @@ def test_qaqs_statistics_are_those_of_the_run(run):
 def test_a_calibration_without_the_scaling_serves_all_but_qaq(model, tmp_path):
     """A file of version 2, as written before scaling was recorded."""
     run = make_run(tmp_path / "run", model)
-    tensors, note = read_tensors(run.file("calibration.safetensors"))
-    note["info"]["version"] = 2
-    tensors = {name: t for name, t in tensors.items() if ".fisher_outer" not in name}
-    for shape in note["info"]["layers"]:
-        del shape["scaling"]
-    write_tensors(run.file("calibration.safetensors"), tensors, note)
+    info, tensors = as_of(2, Calibration.load(run.file("calibration.safetensors"))[0])
+    write_tensors(run.file("calibration.safetensors"), tensors, {"info": info, "extra": None})
     allocate.run(run, AllocateSettings(widths=3.0))
     with pytest.raises(InputError, match=r"scaling of layer 0.*version 2.*fisher` again with --overwrite"):
         allocate.run(run, AllocateSettings(widths=3.0, method="qaq"))
-    note["info"]["version"] = 1
-    write_tensors(run.file("calibration.safetensors"), tensors, note)
+    write_tensors(run.file("calibration.safetensors"), tensors, {"info": info | {"version": 1}, "extra": None})
     with pytest.raises(
-        InputError, match=r"version is 1, expected one of \(2, 3, 4, 5, 6\); run `kvcalib fisher` again"
+        InputError, match=r"version is 1, expected one of \(2, 3, 4, 5, 6, 7\); run `kvcalib fisher` again"
     ):
         allocate.run(run, AllocateSettings(widths=2.0))
 
@@ -271,7 +266,7 @@ def test_outliers_go_where_the_tails_are_heavy(model, tmp_path):
     heavy = RunDir(tmp_path / "run", create=True)
     record.save(heavy.file(CALIBRATION))
     heavy.finish("fisher", {"seed": 0}, [CALIBRATION])
-    fit_nuq.run(heavy, fit_nuq.FitNuqSettings(outliers=0.0, choices=Choices(outliers=(0.0, 0.03), scopes=("token",))))
+    fit_nuq.run(heavy, FitNuqSettings(value_basis="none", outliers=0.0, choices=Choices(outliers=(0.0, 0.03), scopes=("token",))))
     found, _ = allocate.run(heavy, AllocateSettings(budget=4.0))
     assert {name: option.outliers for name, option in found.options.items()} == {
         (0, "key"): 0.0, (0, "value"): 0.0, (1, "key"): 0.0, (1, "value"): 0.03,

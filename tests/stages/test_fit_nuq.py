@@ -3,12 +3,13 @@ import torch
 
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
+from kvcalib.files import write_tensors
 from kvcalib.quant.feedback import Feedback
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import load
 from kvcalib.stages import build, fit_nuq, friendliness
 from kvcalib.stages.fit_nuq import Choices, Codebooks, FitNuqSettings, Option
-from tests.tiny import calibrate, make_run, tiny_llama
+from tests.tiny import as_of, calibrate, make_run, tiny_llama
 
 
 def test_loss_of_every_width_is_recorded_and_falls_with_bits(tmp_path):
@@ -26,7 +27,7 @@ def test_loss_of_every_width_is_recorded_and_falls_with_bits(tmp_path):
 
 @pytest.mark.parametrize("change", [{"granularity": "layer"}, {"format": "nf"}, {"qnorm": False}, {"outliers": 0.0},
                                     {"choices": Choices(outliers=(0.0,))},
-                                    {"weights": "none"}, {"value_scale": "head"}, {"sinks": 3}])  # fmt: skip
+                                    {"weights": "none"}, {"value_basis": "pca"}, {"value_scale": "head"}, {"sinks": 3}])  # fmt: skip
 def test_every_setting_changes_the_codebooks(tmp_path, change):
     model = tiny_llama()
     default, other = (Codebooks.load(make_run(tmp_path / n, model, **c)).tensors for n, c in (("a", {}), ("b", change)))
@@ -36,7 +37,7 @@ def test_every_setting_changes_the_codebooks(tmp_path, change):
 def test_bits_alone_fit_nothing_anew_and_reach_the_artifact(tmp_path, capsys):
     run = make_run(tmp_path / "run", tiny_llama())
     before = Codebooks.load(run).tensors
-    after = fit_nuq.run(run, FitNuqSettings(key_bits=2, value_bits=5, feedback=False))
+    after = fit_nuq.run(run, FitNuqSettings(key_bits=2, value_bits=5, feedback=False, value_basis="none"))
     assert "up to date" in capsys.readouterr().err
     assert all(torch.equal(before[n], after.tensors[n]) for n in before)
     manifest = build.run(run, tmp_path / "artifact")
@@ -57,11 +58,11 @@ def test_error_feedback_reaches_the_artifact(tmp_path):
 def test_error_feedback_needs_a_calibration_with_second_moments(tmp_path):
     run = make_run(tmp_path / "run", tiny_llama())
     record, _ = Calibration.load(run.file(CALIBRATION))
-    tensors = {name: t for name, t in record.stored.items() if ".fisher_outer" not in name}
-    Calibration(record.info.model_copy(update={"version": 5}), tensors).save(run.file(CALIBRATION))
+    info, tensors = as_of(5, record)
+    write_tensors(run.file(CALIBRATION), tensors, {"info": info, "extra": None})
     with pytest.raises(InputError, match=r"version 5.*(?s:.*)fisher` again with --overwrite, or pass --no-feedback"):
-        fit_nuq.run(run, FitNuqSettings())
-    fit_nuq.run(run, FitNuqSettings(feedback=False, sinks=1))
+        fit_nuq.run(run, FitNuqSettings(value_basis="none"))
+    fit_nuq.run(run, FitNuqSettings(value_basis="none", feedback=False, sinks=1))
 
 
 def test_codebooks_of_another_version_are_not_used(tmp_path):
@@ -124,12 +125,15 @@ def named(*options):
 
 
 def test_options_that_are_stored_alike_are_one():
-    """128 elements: 1 % is 2 of a token and 1 of a head; ranks of keys per head only where indices get shorter."""
-    settings = FitNuqSettings(choices=Choices())
+    """128 elements: 1 % is 2 of a token and 1 of a head; ranks per head only for scales or where indices get shorter."""
+    settings = FitNuqSettings(choices=Choices(), value_basis="none")
     token = [(0.01, "token"), (0.0, "token"), (0.005, "token"), (0.02, "token")]
     assert settings.options("key", 2, 64) == named(*token)
     assert settings.options("value", 2, 64) == named(*token, (0.0, "head"), (0.005, "head"), (0.02, "head"))
     assert settings.options("key", 8, 128) == named(*token, (0.005, "head"), (0.01, "head"), (0.02, "head"))
+    turned = FitNuqSettings(choices=Choices())
+    for shape in ((2, 64), (8, 128)):
+        assert turned.options("value", *shape) == settings.options("key", *shape)
     ranked = FitNuqSettings(key_outlier_scope="head")
     assert ranked.options("key", 2, 64) == named((0.01, "head"), (0.0, "token"))
     assert ranked.model_copy(update={"choices": None}).options("key", 2, 64) == named((0.01, "head"))

@@ -18,7 +18,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.stages import fisher, fit_nuq, merge
 from kvcalib.stages.fisher import FisherSettings
 from kvcalib.stages.measure import MeasureSettings, Subject
-from tests.tiny import tiny_llama
+from tests.tiny import as_of, tiny_llama
 
 LENGTH = 32
 ROWS = np.random.default_rng(0).integers(3, 2048, (12, LENGTH))
@@ -121,9 +121,8 @@ def test_what_does_not_go_together(home, tmp_path, changes, message):
 def test_old_damaged_missing_and_too_few(home, tmp_path):
     shutil.copytree(home / "b", tmp_path / "old")
     record, _ = Calibration.load(tmp_path / "old" / CALIBRATION)
-    note = {"info": record.info.model_dump(mode="json") | {"version": 4, "batches": None}, "extra": None}
-    known = {name: t for name, t in record.tensors.items() if not name.endswith(("nll", "sequences", "fisher_outer"))}
-    write_tensors(tmp_path / "old" / CALIBRATION, known, note)
+    info, tensors = as_of(4, record)
+    write_tensors(tmp_path / "old" / CALIBRATION, tensors, {"info": info, "extra": None})
     with pytest.raises(InputError, match="version 4 cannot be merged, expected 5"):
         merge.run([home / "a", tmp_path / "old"], tmp_path / "out")
     (tmp_path / "old" / CALIBRATION).write_bytes(b"x" * 100)

@@ -32,9 +32,8 @@ def codebooks(densities: Sequence[Density], rule: str) -> Section | Missing:
 def _plot(one: Density, title: str) -> str:
     # A few tokens can carry most of the Fisher weight: their peaks are cut where they would flatten the rest.
     highest = min(max([*one.density, *one.weighted]), 2 * max(one.density)) or 1.0
-    unit = "key, before rotation" if one.role == "key" else "value, relative to its token's scale"
     ends = one.edges[0], one.edges[-1]
-    x = Axis(unit, tuple(t for t in ticks(ends, 6) if ends[0] <= t <= ends[1]), ends=ends)
+    x = Axis(one.unit, tuple(t for t in ticks(ends, 6) if ends[0] <= t <= ends[1]), ends=ends)
     y = Axis("", (), ends=(0.0, highest * 1.05))
     chart = Chart(f"{title}: histogram and {len(one.centroids)} centroids", x, y, width=320, height=190, left=14)
     chart.steps(one.edges, one.density, "c8", filled=True)
