@@ -247,7 +247,7 @@ class EvictingLayer(PackedLayer):
     def _row_spec(self, exact: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         spec = super()._row_spec(exact)
         rule, across = self.eviction.rule, len(self.quantizers["key"].layout.widths) if self.by_head else 1
-        if self.by_head:
+        if self.by_head and self.quantizers["value"].relative:
             for name in ("value.zero", "value.scale"):
                 spec[name] = ((across,), exact)
         if self.traits:

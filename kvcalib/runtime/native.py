@@ -136,7 +136,8 @@ def native_attention(
             numbers += place(view.rows, f"{role}.{_NAMES[name]}")
         if not quantizer.outliers:
             numbers += (0, 0, 0, 0, 0, 0)
-    numbers += (*place(view.rows, "value.zero"), *place(view.rows, "value.scale"))
+    for name in ("value.zero", "value.scale"):
+        numbers += place(view.rows, name) if view.value.relative else (0, 0, 0)
     numbers += (*_bits(scaling, softcap or 0.0, decay), *key.numbers, *value.numbers)
     call = array("q", numbers)
     data = call.buffer_info()[0]
@@ -245,7 +246,14 @@ def _wide(dtype: torch.dtype) -> Tensor:
 
 
 def _exact_dtype(view: PackedView) -> torch.dtype:
-    return view.rows.dtype("value.zero") if isinstance(view.rows, Slices) else view.rows["value.zero"].dtype
+    """The type of zeros, scales and outliers; any where there are none."""
+    if view.value.relative:
+        name = "value.zero"
+    elif view.value.outliers or view.key.outliers:
+        name = f"{'value' if view.value.outliers else 'key'}.outlier_value"
+    else:
+        return torch.float16
+    return view.rows.dtype(name) if isinstance(view.rows, Slices) else view.rows[name].dtype
 
 
 def _added(mask: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ CALL = np.dtype(
     + [(name, np.float64) for name in FLOATS]
     + [(f"{role}_{name}", np.int64) for role in ("key", "value") for name in TABLES]
 )
-"""One call: counts, then addresses. `*_row`, `*_head`, `*_token` are steps in elements. "level" is the values' scale.
+"""One call: counts, then addresses. `*_row`, `*_head`, `*_token` are steps in elements. "level" is the values' scale;
+"zero" and "level" are 0 where the codebook of values is not relative.
 
 "far" is set where a position lies beyond the table of multiples of 1024: the results are not to be used."""
 
@@ -211,7 +212,8 @@ def _attend(call: Any, batch: Any, head: Any, split: Any) -> None:
     turned = np.zeros((max(call.key_most, call.value_most), TILE), np.uint32)
     codes, weighted = np.zeros(TILE, np.uint32), np.empty(TILE, np.float32)
     scores, back = np.empty((rows, TILE), np.float32), np.empty((rows, head_dim), np.float32)
-    zero, scale = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    # As they stay where values have none.
+    zero, scale = np.zeros(TILE, np.float32), np.ones(TILE, np.float32)
     near = np.empty(head_dim * TILE, np.float32)
     own_cos, own_sin = np.empty(0, np.float32), np.empty(0, np.float32)
     place = np.zeros(TILE, np.int64)
@@ -286,7 +288,7 @@ def _attend(call: Any, batch: Any, head: Any, split: Any) -> None:
         if number < last_tile:
             at = batch * call.value_words_row + start * call.value_words_token
             look_up(head, v_words[at:], call.value_words_token, n, v_tables, turned, codes, values[:value_dim])
-            for t in range(n):
+            for t in range(n if call.zero else 0):
                 zero[t] = wide[zeros[batch * call.zero_row + (start + t) * call.zero_token + v_group]]
                 scale[t] = wide[levels[batch * call.level_row + (start + t) * call.level_token + v_group]]
             for t in range(n if call.value_outliers else 0):

@@ -28,12 +28,15 @@ def turning(dim=DIM, interleaved=False, turned=None, scale=1.0):
     return Angles(first, second, frequency, torch.where(frequency != 0, scale, 1.0).float())
 
 
-def make_view(length, widths, batch=2, heads=2, share=0.05, scope="token", sinks=0, recent=0, start=0, spare=5, seed=0):
+def make_view(
+    length, widths, batch=2, heads=2, share=0.05, scope="token", sinks=0, recent=0, start=0, spare=5, seed=0,
+    relative=True,
+):  # fmt: skip
     """A view of random tokens in storage with spare room, and its exact keys and values in slot order."""
     generator = torch.Generator().manual_seed(seed)
     view, decoded = {}, {}
     for role in ("key", "value"):
-        q = quantizer(role == "value", scope, share, widths, heads, DIM, seed)
+        q = quantizer(role == "value" and relative, scope, share, widths, heads, DIM, seed)
         x = torch.randn(batch, length, heads, DIM, generator=generator)
         rows = q.encode(x.flatten(0, 1), torch.float16)
         decoded[role] = q.decode(rows).view(batch, length, heads, DIM)
@@ -137,8 +140,25 @@ def test_groups_queries_and_outliers(group, queries, scope, share):
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("recent", [0, 1, 70])
 @pytest.mark.parametrize("length", [1, 5, 140])
-def test_sinks_and_recent_window(sinks, recent, length):
-    check(*make_view(length, 2, sinks=sinks, recent=recent), turning())
+@pytest.mark.parametrize("relative", [True, False])
+def test_sinks_and_recent_window(sinks, recent, length, relative):
+    check(*make_view(length, 2, sinks=sinks, recent=recent, relative=relative), turning())
+
+
+@pytest.mark.parametrize("scope", ["token", "head"])
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_whose_codebook_is_not_relative(scope, share, dtype):
+    view, key, value = make_view(130, "mixed", share=share, scope=scope, relative=False)
+    assert not {"value.zero", "value.scale"} & set(view.rows)
+    for name in ("key", "value"):
+        exact = f"{name}.outlier_value"
+        if exact in view.rows:
+            view.rows[exact] = view.rows[exact].to(dtype)
+    for role, x in (("key", key), ("value", value)):
+        mine = {n.split(".")[1]: t.flatten(0, 1) for n, t in view.rows.items() if n.startswith(role)}
+        x.copy_(getattr(view, role).decode(mine).view_as(x))
+    check(view, key, value, turning(), queries=2)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcalib.model.angles import Angles
 from kvcalib.quant.quantizer import Quantizer
-from kvcalib.runtime.kernels.decode import attention_kernel
+from kvcalib.runtime.kernels.decode import ABSENT, COMPUTED, FOLDED, attention_kernel
 from kvcalib.runtime.kernels.drawn import Drawing, drawn_launch, scratch
 from kvcalib.runtime.kernels.launch import Launch, strides
 from kvcalib.runtime.kernels.reduce import reduce_kernel
@@ -197,7 +197,8 @@ def attention_launches(
         # The groups of values are unrolled; branches on a width read at run time keep each group's loads in its own
         # block, without which Triton 3.6 spills about 100 bytes a thread.
         "V_WIDTH": -1,
-        "ROTATE": turns is not None, "HALF": query.dtype == torch.bfloat16, "FOLD": query.dtype != torch.float16,
+        "ROTATE": turns is not None, "HALF": query.dtype == torch.bfloat16,
+        "SCALES": _scales_in(view.value, query.dtype),
         "MASK": 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2, "SOFTCAP": softcap is not None,
         "SINKS": view.sink_slot is not None, "RECENT": view.recent_key is not None,
         "SINK_LOGITS": sink_logits is not None, "DIRECT": direct, "SINGLE": queries == 1,
@@ -252,6 +253,12 @@ def _group_args(view: PackedView, name: str, absent: Tensor) -> dict[str, Tensor
     tensor = view.rows.get(f"value.{name}")
     present = absent if tensor is None else tensor
     return {f"v_{name}": present, **strides(f"v{name[0]}", tensor, ("sb", 0), ("st", 1))}
+
+
+def _scales_in(value: Quantizer, dtype: torch.dtype) -> int:
+    """Where zero and scale of values go; see `decode.py`."""
+    place = COMPUTED if dtype == torch.float16 else FOLDED
+    return int((place if value.relative else ABSENT).value)
 
 
 def _scales(view: PackedView) -> int:

@@ -8,12 +8,13 @@ gives the same bits every time. Exact tokens (sinks, the recent window) are one 
 
 What a tile holds: `unpack.py`; how it turns: `turning.py`; the softmax: `softmax.py`.
 
-Values: `x = zero[t] + scale[t] * c`. The scale goes into the softmax weights, `w = p * scale`, and the zeros add up to
-one number per row, `sum p * zero`. float16 has too little range for `p * scale`; there x is computed per element.
+Values: `x = c`, or relative ones, `x = zero[t] + scale[t] * c`. Then the scale goes into the softmax weights,
+`w = p * scale`, and the zeros add up to one number per row, `sum p * zero`. float16 has too little range for
+`p * scale`; there x is computed per element.
 """
 
 # What Triton compiles has no Python types, no starred tuples, and decides some branches before others.
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, index"
 # ruff: noqa: RUF005, SIM102
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ FEW = tl.constexpr(4)
 # Scales below this count as this, so that an exact element of a token whose other elements are all equal survives
 # the division by its scale.
 SMALLEST_SCALE = tl.constexpr(2.0**-40)
+# What becomes of zero and scale: there are none, they go into the weights, or into every element.
+ABSENT = tl.constexpr(0)
+FOLDED = tl.constexpr(1)
+COMPUTED = tl.constexpr(2)
 
 
 @triton.jit
@@ -95,7 +100,7 @@ def _scores(
 def _add_values(
     accs, weight, decay, live, zero, scale, head, kind: tl.constexpr, PACKED: tl.constexpr, source, outlier, tables,
     HEADS: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
-    PLANES: tl.constexpr, PAIRED: tl.constexpr, OUTLIERS: tl.constexpr, FOLD: tl.constexpr, WIDEN: tl.constexpr,
+    PLANES: tl.constexpr, PAIRED: tl.constexpr, OUTLIERS: tl.constexpr, SCALES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """`accs * decay + weight @ values`, one `[M, 16]` per group; weight `[M, N]`; dots in `kind`."""
     channels = tables[0]
@@ -105,7 +110,7 @@ def _add_values(
     exacts = ()
     for j in tl.static_range(OUTLIERS if OUTLIERS <= FEW else 0):
         where, exact = read_outlier(outlier, j, live, slots, DIM)
-        if FOLD:
+        if SCALES == FOLDED:
             exact = (exact - zero) / scale
         wheres = wheres + (where,)
         exacts = exacts + (exact,)
@@ -113,7 +118,7 @@ def _add_values(
     for group in tl.static_range(DIM // 16):
         if PACKED:
             a, b = decoded(source, live, head, group, tables, HEADS, DIM, LEVELS, WIDTH, PLANES, PAIRED, N)
-            if not FOLD:
+            if SCALES == COMPUTED:
                 a = zero[None, :] + scale[None, :] * a
                 b = zero[None, :] + scale[None, :] * b
             if OUTLIERS <= FEW:
@@ -122,7 +127,7 @@ def _add_values(
             else:
                 for j in range(OUTLIERS):
                     where, exact = read_outlier(outlier, j, live, slots, DIM)
-                    if FOLD:
+                    if SCALES == FOLDED:
                         exact = (exact - zero) / scale
                     a, b = with_outlier(a, b, where - 16 * group, exact)
         else:
@@ -141,7 +146,7 @@ def _exact_tile(
     peak, total, zeros, accs, slot, held, key, value, query, query_slot, query_number, head, positions, mask_tuple,
     angles, k_tables, v_tables, scaling, softcap, raw,
     HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROTATE: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, FOLD: tl.constexpr,
+    ROTATE: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SINGLE: tl.constexpr, WIDEN: tl.constexpr, PER_HEAD: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Take N exact tokens into the running softmax; key, value: `[N]` pointers to their channels."""
@@ -173,7 +178,7 @@ def _exact_tile(
     kind: tl.constexpr = query[0].dtype.element_ty
     accs = _add_values(
         accs, weight, decay, live, 0.0, 1.0, head + anchor, kind, False, value, unused, v_tables,
-        HEADS, VALUE_DIM, N, 1, -1, 0, False, 0, FOLD, WIDEN,
+        HEADS, VALUE_DIM, N, 1, -1, 0, False, 0, ABSENT, WIDEN,
     )  # fmt: skip
     return peak, total, zeros * decay, accs
 
@@ -201,7 +206,7 @@ def attention_kernel(
     K_BY_HEAD: tl.constexpr, K_PAIRED: tl.constexpr,
     V_LEVELS: tl.constexpr, V_WIDTH: tl.constexpr, V_PLANES: tl.constexpr, V_OUTLIERS: tl.constexpr,
     V_BY_HEAD: tl.constexpr, V_PAIRED: tl.constexpr,
-    ROTATE: tl.constexpr, HALF: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTATE: tl.constexpr, HALF: tl.constexpr, SCALES: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, RECENT: tl.constexpr, SINK_LOGITS: tl.constexpr, DIRECT: tl.constexpr, SINGLE: tl.constexpr,
     WIDEN: tl.constexpr, PER_HEAD: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
@@ -293,18 +298,20 @@ def attention_kernel(
         if DRAWN:
             keep_scores(raw_rows, anchor, score, slot, held, query_live)
         weight, decay, peak, total = soft(score, peak, total)
-        zero = tl.load(v_zero + t * vz_st, mask=live, other=0.0).to(tl.float32)
-        scale = tl.load(v_scale + t * vs_st, mask=live, other=0.0).to(tl.float32)
-        zeros = zeros * decay
-        if FOLD:
+        zero = 0.0
+        scale = 1.0
+        if SCALES != ABSENT:
+            zero = tl.load(v_zero + t * vz_st, mask=live, other=0.0).to(tl.float32)
+            scale = tl.load(v_scale + t * vs_st, mask=live, other=0.0).to(tl.float32)
+        if SCALES == FOLDED:
             scale = tl.maximum(scale, SMALLEST_SCALE)
-            zeros += tl.sum(weight * zero[None, :], 1)
+            zeros = zeros * decay + tl.sum(weight * zero[None, :], 1)
             weight = weight * scale[None, :]
         outlier = (v_index + t * vi_st, v_exact + t * vx_st, v_element)
         accs = _add_values(
             accs, weight, decay, live, zero, scale, head + anchor, kind, True, v_words + t * vw_st,
             outlier, v_tables, HEADS, VALUE_DIM, N, V_LEVELS, V_WIDTH, V_PLANES, V_PAIRED, V_OUTLIERS,
-            FOLD, WIDEN,
+            SCALES, WIDEN,
         )  # fmt: skip
 
     if SINKS or RECENT:
@@ -321,7 +328,7 @@ def attention_kernel(
                         sink_value + batch * sv_sb + head * sv_sh + t * sv_st,
                         rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
                         scaling, softcap, raw_rows, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
-                        FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
+                        SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
             if RECENT:
                 for start in range(0, recent, EXACT_N):
@@ -333,7 +340,7 @@ def attention_kernel(
                         recent_value + batch * rv_sb + head * rv_sh + t * rv_st,
                         rows, query_slot, query_number, head, places, visible, angles, k_tables, v_tables,
                         scaling, softcap, raw_rows, HEADS, DIM, VALUE_DIM, M, EXACT_N, ROTATE, HALF, MASK, SOFTCAP,
-                        FOLD, SINGLE, WIDEN, PER_HEAD, DRAWN,
+                        SINGLE, WIDEN, PER_HEAD, DRAWN,
                     )  # fmt: skip
 
     c = tl.arange(0, 16)

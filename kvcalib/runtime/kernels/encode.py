@@ -1,8 +1,9 @@
 """Quantize, rank outliers, pack and store new tokens of keys and values: one Triton launch.
 
 A program takes one token of K or of V. First it sees the token group by group (a group is a head, or the whole token):
-keys get their codes and errors, and the largest weighted errors are the outliers; values get the shortest window that
-holds all but n elements, from the n + 1 smallest and n + 1 largest. Then it fills the row word by word: the fields of a
+keys get their codes and errors, and the largest weighted errors are the outliers; so do values whose codebook is not
+relative. Relative ones get the shortest window that holds all but n elements, from the n + 1 smallest and n + 1
+largest. Then it fills the row word by word: the fields of a
 word, wherever their channels are, are quantized again and shifted into place, so any layout packs alike.
 
 With error feedback the heads' channels are rounded place by place, all heads at once (`feedback.py` in this folder);
@@ -11,7 +12,7 @@ codes then go through a buffer, from which the row is filled.
 Asked for, the residue: of the first pass's codes, decoded as `Quantizer.decode` would, the squared error of each head.
 
 The result is that of `Quantizer.encode`, bit for bit: same midpoints, same rounding of zero and scale, IEEE division.
-Among equal errors of keys the lower index is the outlier, where `torch.topk` leaves the choice open.
+Among equal errors the lower index is the outlier, where `torch.topk` leaves the choice open.
 """
 
 # What Triton compiles has no Python types.
@@ -117,13 +118,14 @@ def _pack(
 
 
 @triton.jit
-def _encode_keys(
+def _encode_plain(
     x_row, x_sh, words, index, value, middle, book, weight, fields, codes, order, matrix, residue, to_head, to_sum,
     DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
     WORDS: tl.constexpr, AT_ONCE: tl.constexpr, RESIDUE: tl.constexpr, FEEDBACK: tl.constexpr,
     HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
+    """A token whose codebook holds the elements as they are."""
     if OUTLIERS > 0 or RESIDUE or FEEDBACK:
         heads: tl.constexpr = GROUPS * SIZE // DIM
         group = tl.arange(0, GROUPS_PADDED)[:, None]
@@ -163,13 +165,14 @@ def _encode_keys(
 
 
 @triton.jit
-def _encode_values(
+def _encode_relative(
     x_row, x_sh, words, index, value, zeros, scales, middle, fields, book, codes, order, matrix, residue, to_head,
     to_sum, DIM: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr, BITS: tl.constexpr, LEVELS: tl.constexpr, OUTLIERS: tl.constexpr, LIMIT: tl.constexpr,
     WORDS: tl.constexpr, AT_ONCE: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
     FEEDBACK: tl.constexpr, HEADS_PADDED: tl.constexpr, DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
+    """A token whose codebook is relative to zero and scale of each group."""
     heads: tl.constexpr = GROUPS * SIZE // DIM
     group = tl.arange(0, GROUPS_PADDED)[:, None]
     number = tl.arange(0, SIZE_PADDED)[None, :]
@@ -246,16 +249,16 @@ def encode_kernel(
     v_words, vw_sb, vw_st, v_index, vi_sb, vi_st, v_exact, vx_sb, vx_st, v_zero, vz_sb, vz_st, v_scale, vs_sb, vs_st,
     k_middle, k_book, k_weight, k_fields, v_middle, v_fields,
     k_codes, k_order, k_matrix, v_codes, v_order, v_matrix,
-    v_book, k_residue, rk_sb, rk_st, rk_sh, rk_sx, v_residue, rv_sb, rv_st, rv_sh, rv_sx,
+    v_book, v_weight, k_residue, rk_sb, rk_st, rk_sh, rk_sx, v_residue, rv_sb, rv_st, rv_sh, rv_sx,
     LIMIT: tl.constexpr, AT_ONCE: tl.constexpr,
     K_DIM: tl.constexpr, K_GROUPS: tl.constexpr, K_SIZE: tl.constexpr, K_GROUPS_PADDED: tl.constexpr,
     K_SIZE_PADDED: tl.constexpr, K_BITS: tl.constexpr, K_LEVELS: tl.constexpr, K_OUTLIERS: tl.constexpr,
     K_WORDS: tl.constexpr,
     V_DIM: tl.constexpr, V_GROUPS: tl.constexpr, V_SIZE: tl.constexpr, V_GROUPS_PADDED: tl.constexpr,
     V_SIZE_PADDED: tl.constexpr, V_BITS: tl.constexpr, V_LEVELS: tl.constexpr, V_OUTLIERS: tl.constexpr,
-    V_WORDS: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr, RESIDUE: tl.constexpr,
-    K_FEEDBACK: tl.constexpr, V_FEEDBACK: tl.constexpr, HEADS_PADDED: tl.constexpr, K_DIM_PADDED: tl.constexpr,
-    V_DIM_PADDED: tl.constexpr,
+    V_WORDS: tl.constexpr, V_RELATIVE: tl.constexpr, WINDOWS: tl.constexpr, COPIES: tl.constexpr,
+    RESIDUE: tl.constexpr, K_FEEDBACK: tl.constexpr, V_FEEDBACK: tl.constexpr, HEADS_PADDED: tl.constexpr,
+    K_DIM_PADDED: tl.constexpr, V_DIM_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * tokens, 2), the second axis K or V."""
     batch = (tl.program_id(0) // tokens).to(tl.int64)
@@ -263,7 +266,7 @@ def encode_kernel(
     k_codes += tl.program_id(0).to(tl.int64) * (K_GROUPS * K_SIZE)
     v_codes += tl.program_id(0).to(tl.int64) * (V_GROUPS * V_SIZE)
     if tl.program_id(1) == 0:
-        _encode_keys(
+        _encode_plain(
             key + batch * x_ksb + t * x_kst, x_ksh, k_words + batch * kw_sb + t * kw_st,
             k_index + batch * ki_sb + t * ki_st, k_exact + batch * kx_sb + t * kx_st,
             k_middle, k_book, k_weight, k_fields, k_codes, k_order, k_matrix,
@@ -271,14 +274,23 @@ def encode_kernel(
             K_DIM, K_GROUPS, K_SIZE, K_GROUPS_PADDED, K_SIZE_PADDED, K_BITS, K_LEVELS, K_OUTLIERS, LIMIT,
             K_WORDS, AT_ONCE, RESIDUE, K_FEEDBACK, HEADS_PADDED, K_DIM_PADDED,
         )  # fmt: skip
-    else:
-        _encode_values(
+    elif V_RELATIVE:
+        _encode_relative(
             value + batch * x_vsb + t * x_vst, x_vsh, v_words + batch * vw_sb + t * vw_st,
             v_index + batch * vi_sb + t * vi_st, v_exact + batch * vx_sb + t * vx_st,
             v_zero + batch * vz_sb + t * vz_st, v_scale + batch * vs_sb + t * vs_st, v_middle, v_fields,
             v_book, v_codes, v_order, v_matrix, v_residue + batch * rv_sb + t * rv_st, rv_sh, rv_sx,
             V_DIM, V_GROUPS, V_SIZE, V_GROUPS_PADDED, V_SIZE_PADDED, V_BITS, V_LEVELS, V_OUTLIERS, LIMIT,
             V_WORDS, AT_ONCE, WINDOWS, COPIES, RESIDUE, V_FEEDBACK, HEADS_PADDED, V_DIM_PADDED,
+        )  # fmt: skip
+    else:
+        _encode_plain(
+            value + batch * x_vsb + t * x_vst, x_vsh, v_words + batch * vw_sb + t * vw_st,
+            v_index + batch * vi_sb + t * vi_st, v_exact + batch * vx_sb + t * vx_st,
+            v_middle, v_book, v_weight, v_fields, v_codes, v_order, v_matrix,
+            v_residue + batch * rv_sb + t * rv_st, rv_sh, rv_sx,
+            V_DIM, V_GROUPS, V_SIZE, V_GROUPS_PADDED, V_SIZE_PADDED, V_BITS, V_LEVELS, V_OUTLIERS, LIMIT,
+            V_WORDS, AT_ONCE, RESIDUE, V_FEEDBACK, HEADS_PADDED, V_DIM_PADDED,
         )  # fmt: skip
 
 
@@ -320,24 +332,24 @@ def encode_launch(
     key = key if key.stride(-1) == 1 else key.contiguous()
     value = value if value.stride(-1) == 1 else value.contiguous()
     batch, tokens = key.shape[:2]
-    exact = rows["value.zero"]
-    copies = _copies(value_quantizer, rows)
+    exact, zero, scale = _exact(rows), rows.get("value.zero"), rows.get("value.scale")
     k_tables, v_tables = (encode_tables(q, key.device) for q in (key_quantizer, value_quantizer))
     args = {
         "key": key, **strides("x", key, ("ksb", 0), ("kst", 1), ("ksh", 2)),
         "value": value, **strides("x", value, ("vsb", 0), ("vst", 1), ("vsh", 2)), "tokens": tokens,
         **_targets(rows, "key", "k", exact), **_targets(rows, "value", "v", exact),
-        "v_zero": exact, **strides("vz", exact, ("sb", 0), ("st", 1)),
-        "v_scale": rows["value.scale"], **strides("vs", rows["value.scale"], ("sb", 0), ("st", 1)),
+        "v_zero": exact if zero is None else zero, **strides("vz", zero, ("sb", 0), ("st", 1)),
+        "v_scale": exact if scale is None else scale, **strides("vs", scale, ("sb", 0), ("st", 1)),
         "k_middle": k_tables.middle, "k_book": k_tables.centroids, "k_weight": k_tables.weight,
         "k_fields": k_tables.fields, "v_middle": v_tables.middle, "v_fields": v_tables.fields,
         **_feedback_args("k", k_tables, key), **_feedback_args("v", v_tables, value),
-        "v_book": v_tables.centroids, **_residue_args(key, value, residue),
+        "v_book": v_tables.centroids, "v_weight": v_tables.weight, **_residue_args(key, value, residue),
     }  # fmt: skip
     constants = {
-        "LIMIT": torch.finfo(exact.dtype).max, "AT_ONCE": WORDS_AT_ONCE,
+        "LIMIT": torch.finfo(exact.dtype).max if exact.is_floating_point() else 0.0, "AT_ONCE": WORDS_AT_ONCE,
         **_shape(key_quantizer, "K"), **_shape(value_quantizer, "V"),
-        "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1), "COPIES": copies,
+        "V_RELATIVE": value_quantizer.relative, "COPIES": _copies(value_quantizer, rows),
+        "WINDOWS": triton.next_power_of_2(value_quantizer.outliers + 1),
         "RESIDUE": residue is not None, "K_FEEDBACK": k_tables.order is not None,
         "V_FEEDBACK": v_tables.order is not None, "HEADS_PADDED": triton.next_power_of_2(key.shape[2]),
         "K_DIM_PADDED": triton.next_power_of_2(key.shape[3]), "V_DIM_PADDED": triton.next_power_of_2(value.shape[3]),
@@ -355,8 +367,16 @@ def _feedback_args(short: str, tables: EncodeTables, x: Tensor) -> dict[str, Ten
     return {f"{short}_codes": codes, f"{short}_order": tables.order, f"{short}_matrix": tables.matrix}
 
 
+def _exact(rows: dict[str, Tensor]) -> Tensor:
+    """A tensor of what is kept in two bytes; where there is none, one that nothing is written to as such."""
+    names = ("value.zero", "value.outlier_value", "key.outlier_value", "key.words")
+    return next(rows[name] for name in names if name in rows)
+
+
 def _copies(quantizer: Quantizer, rows: dict[str, Tensor]) -> int:
     """How often each zero and scale is stored: once, or once for every head."""
+    if not quantizer.relative:
+        return 1
     heads = quantizer.layout.widths.shape[0]
     may = {quantizer.groups} if quantizer.outliers else {quantizer.groups, heads}
     for name in ("zero", "scale"):

@@ -28,8 +28,8 @@ def supports(key: Quantizer, value: Quantizer, angles: Angles | None, device: to
             return f"{name} head_dim is {dim}, the kernels take multiples of {GROUP} up to {MAX_DIM}"
         if heads * dim > MAX_ELEMENTS:
             return f"{name}s have {heads * dim} elements a token, the kernels take up to {MAX_ELEMENTS}"
-    if key.relative or not value.relative:
-        return f"key.relative is {key.relative} and value.relative {value.relative}, the kernels take False and True"
+    if key.relative:
+        return "key.relative is True, the kernels take keys whose codebook is not"
     if angles is not None:
         dim = key.layout.widths.shape[1]
         channels = torch.cat([angles.first, angles.second]).cpu()

@@ -20,8 +20,8 @@ class PackedView:
     Attributes:
         key, value: the layer's quantizers.
         rows: `key.words [B, T, Wk]` and `value.words [B, T, Wv]` int32; with outliers `key.outlier_index [B, T, G, n]`
-            (uint8 or int16) and `key.outlier_value` (fp16 or bf16), for values alike; `value.zero`, `value.scale`
-            `[B, T, G]`.
+            (uint8 or int16) and `key.outlier_value` (fp16 or bf16), for values alike; where their codebook
+            is relative, `value.zero`, `value.scale` `[B, T, G]`.
         length: T.
         positions: `[B or 1, >= T + w]` int32, position of each slot, or `[B, H, >= T + w]` where heads hold different
             tokens, of any strides; any number where a slot is masked.

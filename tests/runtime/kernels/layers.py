@@ -107,6 +107,7 @@ class Case:
     base: float = 10000.0
     per_head: bool = False
     feedback: bool = False
+    relative: bool = True
 
     def __str__(self):
         plain = Case()
@@ -170,7 +171,9 @@ def make_layer(case: Case, seed: int = 0) -> Layer:
     key_order = order_of(angles, c.heads)
     value_order = torch.arange(c.dim).expand(c.heads, -1)
     key = make_quantizer(False, c.key_bits, c.heads, c.dim, c.outliers, c.scope, key_order, seed + 1, c.segment)
-    value = make_quantizer(True, c.value_bits, c.heads, c.dim, c.outliers, c.scope, value_order, seed + 2, c.segment)
+    value = make_quantizer(
+        c.relative, c.value_bits, c.heads, c.dim, c.outliers, c.scope, value_order, seed + 2, c.segment
+    )
     if c.feedback:
         add_feedback(key, value)
     exact = torch.bfloat16 if c.dtype == torch.bfloat16 else torch.float16

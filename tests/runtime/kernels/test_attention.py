@@ -40,6 +40,9 @@ CASES = [
     *[Case(per_head=True, mask=m, queries=q, **MIXED) for m in ("causal", "bool") for q in (1, 5)],
     Case(per_head=True, sinks=3, recent=20, queries=3, mask="float", softcap=5.0, sink_logits=True, group=3),
     Case(per_head=True, start=1_000_000, stride=200, batch=1, recent=4, style="interleaved"),
+    Case(per_head=True, mask="bool", sinks=3, recent=4, dim=32, length=20, relative=False, **MIXED),
+    Case(outliers=5, scope="token", dim=32, length=17, batch=1, dtype=FP16, relative=False),
+    Case(outliers=0, dim=32, length=17, batch=1, relative=False),
 ]
 
 
@@ -74,6 +77,7 @@ def test_attention_equals_float64(case, device):
         Case(dtype=BF16, length=64, batch=1, key_bits=1, value_bits=1),
         Case(dtype=BF16, dim=80, length=100, queries=7, style="none", **FREE),
         Case(dtype=FP16, length=130, **MIXED),
+        Case(dtype=BF16, dim=32, length=40, batch=1, outliers=1, relative=False),
     ],
     ids=str,
 )

@@ -21,6 +21,9 @@ CASES = [
     Case(key_bits="free", value_bits="free", dim=48, heads=3, segment="row", feedback=True),
     Case(key_bits="mixed", value_bits="mixed", scope="token", outliers=7, heads=3, dim=32, feedback=True),
     Case(key_bits=1, value_bits=8, outliers=0, dim=16, heads=1, dtype=torch.bfloat16, feedback=True),
+    Case(value_bits="free", scope="token", outliers=5, heads=3, dim=32, relative=False),
+    Case(key_bits=1, value_bits=2, outliers=1, dim=16, heads=1, dtype=torch.bfloat16, feedback=True, relative=False),
+    Case(value_bits=8, outliers=0, dim=16, relative=False),
 ]
 
 
@@ -29,7 +32,7 @@ def quantizers(case):
     plain = torch.arange(case.dim).expand(case.heads, -1)
     key = make_quantizer(False, case.key_bits, case.heads, case.dim, case.outliers, case.scope, order, 1, case.segment)
     value = make_quantizer(
-        True, case.value_bits, case.heads, case.dim, case.outliers, case.scope, plain, 2, case.segment
+        case.relative, case.value_bits, case.heads, case.dim, case.outliers, case.scope, plain, 2, case.segment
     )
     if case.feedback:
         add_feedback(key, value)
@@ -112,6 +115,7 @@ def residue_of(quantizer, rows, x):
         Case(outliers=0, heads=1),
         Case(key_bits="free", value_bits="free", dim=16, heads=3, feedback=True),
         Case(outliers=0, dim=16, heads=2, scope="token", dtype=torch.bfloat16, feedback=True),
+        Case(value_bits="mixed", dim=32, relative=False),
     ],
     ids=str,
 )

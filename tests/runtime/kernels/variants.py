@@ -20,6 +20,7 @@ MAIN = {
     **{f"decode {w} bit": Case(**LLAMA, key_bits=w, value_bits=w) for w in (2, 3, 4)},
     "decode 3 bit, no outliers": Case(**LLAMA, outliers=0),
     "decode groups": Case(**LLAMA, **MIXED),
+    "decode groups, values as they are": Case(**LLAMA, **MIXED, relative=False),
     "decode groups, sinks and window": Case(**LLAMA, **MIXED, sinks=4, recent=16),
     "decode groups, mask": Case(**LLAMA, **MIXED, mask="bool"),
     "decode groups, positions per head": Case(**LLAMA, **MIXED, per_head=True),
@@ -67,6 +68,7 @@ ENCODE = {
     "encode without outliers": Case(**LLAMA, outliers=0),
     "encode, residue": Case(**LLAMA),
     "encode, feedback": Case(**LLAMA, **MIXED, feedback=True),
+    "encode, values as they are, feedback": Case(**LLAMA, **MIXED, feedback=True, relative=False),
     "encode, feedback, residue": Case(**LLAMA, **MIXED, feedback=True),
     "encode free widths, token scope, no outliers, feedback": Case(
         **{**LLAMA, "dim": 80}, key_bits="free", value_bits="free", scope="token", outliers=0, feedback=True
