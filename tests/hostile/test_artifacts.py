@@ -314,7 +314,7 @@ ARRAYS = {
     "axes too long": (scaled(AXES, 1.001), r"layers\[1\]\.value: basis of head 0 .* up to 0\.002 off"),
     "an axis twice": (set_at(AXES, (1, slice(None), 0), 0.25), r"layers\[1\]\.value: basis of head 1"),
     "axes of fewer heads": (cut(AXES, slice(0, 1)), r"value\.basis is float32 \[1, 16, 16\], expected float32 \[2, 16"),
-    "axes in float64": (cast(AXES, "<f8"), r"value\.basis is float64"),
+    "axes in float64": (cast(AXES, "<f8"), r"value\.basis\.dtype is 'float64'"),
     "feedback in int16": (cast(f"{KEY}.feedback", "<i2"), r"key\.feedback is int16"),
     "widths turned round": (cut(f"{KEY}.widths", slice(0, 1)), r"widths\.shape is \[1, 16\], expected \[2, 16\]"),
     "a word beyond the row": (at_wide("word", 32767), r"word\[0\]\[0\]\[\d+\] is 32767, expected 0\.\."),

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from kvcalib.calibration.merging import Merger
-from kvcalib.calibration.statistics import Calibration
+from kvcalib.calibration.statistics import Calibration, CalibrationInfo
 from kvcalib.calibration.validate import ALL, SUMS, UNTIL_7
 from kvcalib.errors import KvcalibError
 from kvcalib.files import read_json, read_tensors, write_json, write_tensors
 from kvcalib.rundir import CALIBRATION, RunDir
 from tests.hostile.builders import put
-from tests.tiny import calibrate, tiny_llama
+from tests.tiny import as_of, calibrate, tiny_llama
 
 HUGE = 10**18
 SAMPLE = "layers.0.sample.key"

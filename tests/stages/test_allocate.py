@@ -266,7 +266,8 @@ def test_outliers_go_where_the_tails_are_heavy(model, tmp_path):
     heavy = RunDir(tmp_path / "run", create=True)
     record.save(heavy.file(CALIBRATION))
     heavy.finish("fisher", {"seed": 0}, [CALIBRATION])
-    fit_nuq.run(heavy, FitNuqSettings(value_basis="none", outliers=0.0, choices=Choices(outliers=(0.0, 0.03), scopes=("token",))))
+    choices = Choices(outliers=(0.0, 0.03), scopes=("token",))
+    fit_nuq.run(heavy, fit_nuq.FitNuqSettings(value_basis="none", outliers=0.0, choices=choices))
     found, _ = allocate.run(heavy, AllocateSettings(budget=4.0))
     assert {name: option.outliers for name, option in found.options.items()} == {
         (0, "key"): 0.0, (0, "value"): 0.0, (1, "key"): 0.0, (1, "value"): 0.03,

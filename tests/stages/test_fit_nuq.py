@@ -27,7 +27,8 @@ def test_loss_of_every_width_is_recorded_and_falls_with_bits(tmp_path):
 
 @pytest.mark.parametrize("change", [{"granularity": "layer"}, {"format": "nf"}, {"qnorm": False}, {"outliers": 0.0},
                                     {"choices": Choices(outliers=(0.0,))},
-                                    {"weights": "none"}, {"value_basis": "pca"}, {"value_scale": "head"}, {"sinks": 3}])  # fmt: skip
+                                    {"weights": "none"}, {"value_basis": "pca"}, {"value_scale": "head"},
+                                    {"sinks": 3}])  # fmt: skip
 def test_every_setting_changes_the_codebooks(tmp_path, change):
     model = tiny_llama()
     default, other = (Codebooks.load(make_run(tmp_path / n, model, **c)).tensors for n, c in (("a", {}), ("b", change)))
@@ -125,7 +126,7 @@ def named(*options):
 
 
 def test_options_that_are_stored_alike_are_one():
-    """128 elements: 1 % is 2 of a token and 1 of a head; ranks per head only for scales or where indices get shorter."""
+    """128 elements: 1 % is 2 of a token and 1 of a head; ranks per head only for scales or shorter indices."""
     settings = FitNuqSettings(choices=Choices(), value_basis="none")
     token = [(0.01, "token"), (0.0, "token"), (0.005, "token"), (0.02, "token")]
     assert settings.options("key", 2, 64) == named(*token)
