@@ -53,7 +53,7 @@ BUDGETS = (2.4, 2.9, 3.4)
 SHARES, QNORM, WIDTHS, SINKS = (0, 0.01), (False, True), (2, 3, 4), 8
 TASKS_OF = ("outliers", "kl")
 """Ideas whose recall and generations are measured, at the first and the last budget."""
-DECODED = ("outliers", "feedback", "kl")
+DECODED = ("outliers", "feedback", "basis")
 CONTEXTS, ROUNDS, STEPS = (512, 2048), 12, 6
 
 
@@ -67,9 +67,10 @@ class Idea:
 
 
 IDEAS = (
-    Idea("fisher", fit_nuq.FitNuqSettings(choices=None, feedback=False)),
-    Idea("outliers", fit_nuq.FitNuqSettings(feedback=False)),
-    Idea("feedback", fit_nuq.FitNuqSettings()),
+    Idea("fisher", fit_nuq.FitNuqSettings(choices=None, feedback=False, value_basis="none")),
+    Idea("outliers", fit_nuq.FitNuqSettings(feedback=False, value_basis="none")),
+    Idea("feedback", fit_nuq.FitNuqSettings(value_basis="none")),
+    Idea("basis", fit_nuq.FitNuqSettings()),
     Idea("kl", fit_nuq.FitNuqSettings(), "kl"),
 )
 
@@ -112,6 +113,7 @@ def artifacts(subject, options, model) -> dict[tuple[str, float], Made]:
     made = {}
     for idea in IDEAS:
         fitted = f"run-{'choices' if idea.fit.choices else 'given'}{'-feedback' * idea.fit.feedback}"
+        fitted += "-basis" * (idea.fit.value_basis == "pca")
         run = RunDir(work / fitted, create=True)
         for name in (CALIBRATION, "stages/fisher.json"):
             run.file(name).parent.mkdir(exist_ok=True)

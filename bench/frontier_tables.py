@@ -23,6 +23,7 @@ TITLES = {
     "fisher": "widths by Fisher, 1 % outliers",
     "outliers": "+ outliers by budget",
     "feedback": "+ error feedback",
+    "basis": "+ values along their own axes",
     "kl": "+ widths by measured KL",
     "refine": "+ codebooks by gradient",
 }
