@@ -83,11 +83,11 @@ class Centroids:
         with torch.no_grad():
             x = quantizer.along(x)
             rows = quantizer.encode(x, exact)
-            lost = (x.float() - quantizer.decode(rows)).view(len(x), quantizer.groups, -1)
+            lost = (x.float() - quantizer.decode(rows)).reshape(len(x), quantizer.groups, -1)
             if quantizer.relative:
                 scale = rows["scale"].float()[..., None]
                 lost = lost / torch.where(scale > 0, scale, 1.0)
-            return lost.view(len(x), -1).square().mean(0).sqrt()
+            return lost.reshape(len(x), -1).square().mean(0).sqrt()
 
     def settle(self, *beside: Tensor) -> None:
         """Put every channel's centroids in ascending order, within what an artifact holds, in place.

@@ -103,7 +103,7 @@ class Adaptive:
                 )
             for layer, pair in tier.items():
                 for role, quantizer in pair.items():
-                    if not _same_basis(quantizer, self.tiers[0][layer][role]):
+                    if not same_basis(quantizer, self.tiers[0][layer][role]):
                         raise ArtifactMismatch(
                             f"{where}: tier {number}, layer {layer}: {role}s are kept in another basis than in tier 0; "
                             "build all tiers from one run, with one --value-basis"
@@ -148,7 +148,7 @@ class Adaptive:
         return made if eviction is None else EvictingAdaptiveLayer(made, eviction, alpha, share)
 
 
-def _same_basis(one: Quantizer, other: Quantizer) -> bool:
+def same_basis(one: Quantizer, other: Quantizer) -> bool:
     """Whether what one of them decodes lies along the axes of the other."""
     if one.basis is None or other.basis is None:
         return one.basis is other.basis

@@ -20,7 +20,7 @@ from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.adaptive import Signal
 from kvcalib.runtime.loader import Artifact, load
 from kvcalib.runtime.pools import MOST_TIERS
-from kvcalib.runtime.tiers import RULE, LayerThresholds, Rule
+from kvcalib.runtime.tiers import RULE, LayerThresholds, Rule, same_basis
 
 POSITION_BITS = 32
 TAG_BITS = 8
@@ -59,6 +59,12 @@ def run(
             )
         if sorted(tier.quantizers) != sorted(tiers[0].quantizers):
             raise InputError(f"tiers: {tier.path} quantizes other layers than {tiers[0].path}")
+        for layer, pair in tier.quantizers.items():
+            if not same_basis(pair["value"], tiers[0].quantizers[layer]["value"]):
+                raise InputError(
+                    f"tiers: values of layer {layer} are kept in another basis in {tier.path} than in {tiers[0].path}; "
+                    "build all of them from one `kvcalib fit-nuq`"
+                )
     names = [(layer, role) for layer in sorted(tiers[0].quantizers) for role in ("key", "value")]
     choices = [_choice(calibration, tiers, layer, role, settings.signal) for layer, role in names]
     elements = sum(tiers[0].quantizers[layer][role].layout.widths.numel() for layer, role in names)

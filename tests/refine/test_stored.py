@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import Codebook
 from kvcalib.quant.packing import Layout
 from kvcalib.quant.quantizer import Quantizer
@@ -36,6 +37,20 @@ def test_equals_the_quantizer(kind):
     made, x = quantizer(*kind), tensor()
     expected = made.decode(made.encode(x, torch.float16))
     assert torch.equal(Centroids(made, CPU).stored(x, torch.float16), expected)
+
+
+def test_values_along_their_axes_go_there_and_back():
+    """Values are those of the round trip; a gradient is that of what lies along the axes, turned likewise."""
+    made, x, weights = quantizer(outliers=2), tensor(), tensor(2)
+    made.basis = Basis.principal(tensor(3))
+    plain, turned = Centroids(replace(made, basis=None), CPU), Centroids(made, CPU)
+    found = turned.stored(x.requires_grad_(), torch.float16)
+    assert torch.equal(found.detach(), made.round_trip(x.detach(), torch.float16))
+    (found * weights).sum().backward()
+    (plain.stored(made.along(x.detach()), torch.float16) * made.along(weights)).sum().backward()
+    assert torch.allclose(turned.values.grad, plain.values.grad, atol=1e-5)
+    assert torch.equal(x.grad, weights)
+    assert torch.allclose(turned.error(x.detach()), plain.error(made.along(x.detach())))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ what goes into it is quantized.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ from kvcalib.runtime.loader import prove
 
 def simulate(x, quantizer, exact=torch.float16):
     """`x [n, H, D]` quantized and dequantized."""
+    if quantizer.basis is not None:
+        # Turned in float64, and kept in the type of `x`.
+        axes = quantizer.basis.matrix.double()
+        turned = torch.einsum("nhd,hde->nhe", x.double(), axes).to(x.dtype)
+        made = simulate(turned, replace(quantizer, basis=None), exact)
+        return torch.einsum("nhe,hde->nhd", made.double(), axes).float()
     x = x.float()
     n, heads, _ = x.shape
     groups = heads if quantizer.scope == "head" else 1

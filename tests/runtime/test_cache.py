@@ -77,13 +77,14 @@ def model():
 def runs(model, tmp_path_factory):
     """One fitted run per format; artifacts of every width are built from it."""
     folder = tmp_path_factory.mktemp("runs")
-    settings = {"nuq": ("nuq", "token", False), "nf": ("nf", "head", False), "int": ("int", "token", False),
-                "feedback": ("nuq", "head", True)}  # fmt: skip
-    return {name: make_run(folder / name, model, format=kind, value_scale=scope, outliers=0.05, feedback=feedback)
-            for name, (kind, scope, feedback) in settings.items()}  # fmt: skip
+    settings = {
+        "nuq": {}, "nf": {"format": "nf", "value_scale": "head"}, "int": {"format": "int"},
+        "feedback": {"value_scale": "head", "feedback": True}, "basis": {"value_basis": "pca"},
+    }  # fmt: skip
+    return {name: make_run(folder / name, model, outliers=0.05, **fit) for name, fit in settings.items()}
 
 
-@pytest.mark.parametrize("format", ["nuq", "nf", "int", "feedback"])
+@pytest.mark.parametrize("format", ["nuq", "nf", "int", "feedback", "basis"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packed_equals_simulated(model, runs, tmp_path, format, bits):
     from kvcalib.stages import build

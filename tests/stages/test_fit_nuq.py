@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kvcalib.calibration.statistics import Calibration
 from kvcalib.errors import CorruptFile, InputError
 from kvcalib.files import write_tensors
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.feedback import Feedback
 from kvcalib.rundir import CALIBRATION, RunDir
 from kvcalib.runtime.loader import load
@@ -54,6 +57,41 @@ def test_error_feedback_reaches_the_artifact(tmp_path):
         for role, quantizer in pair.items():
             expected = Feedback.from_curvature(calibration.curvature(layer, role).float(), quantizer.layout.widths)
             assert torch.equal(quantizer.feedback.triangle, expected.triangle)
+
+
+def test_values_along_their_axes_reach_the_artifact(tmp_path):
+    """Axes of the sample without sinks; weights, losses and feedback are of what lies along them."""
+    run = make_run(tmp_path / "run", tiny_llama(), feedback=True, value_basis="pca", sinks=2, outliers=0.0)
+    assert build.run(run, tmp_path / "artifact").basis
+    calibration, _ = Calibration.load(run.file(CALIBRATION))
+    keep = calibration.tensors["sample.position"] >= 2
+    for layer, pair in load(tmp_path / "artifact").quantizers.items():
+        made, sample = pair["value"], calibration.layer(layer)
+        x, gradient = sample["sample.value"][keep], sample["sample.value_gradient"][keep]
+        assert pair["key"].basis is None
+        assert not made.relative
+        assert torch.equal(made.basis.matrix, Basis.principal(x).matrix)
+        axes = made.basis.matrix.double()
+        curvature = axes.transpose(1, 2) @ calibration.curvature(layer, "value") @ axes
+        assert torch.allclose(made.weight.double(), curvature.diagonal(dim1=1, dim2=2), rtol=1e-5)
+        expected = Feedback.from_curvature(curvature.float(), made.layout.widths).triangle
+        assert torch.allclose(made.feedback.triangle, expected, atol=1e-4)
+        turned, fisher = (torch.einsum("nhd,hde->nhe", t.double(), axes) for t in (x, gradient))
+        nearest = replace(made, feedback=None)
+        error = nearest.decode(nearest.encode(turned.float(), torch.float16)).double() - turned
+        loss = (fisher.square() * error.square()).mean(0) / 2
+        assert torch.allclose(loss, Codebooks.load(run).get(layer, "value", "loss")[3].double(), rtol=1e-3, atol=1e-12)
+
+
+def test_values_along_their_axes_need_gradients_with_their_sign(tmp_path):
+    run = make_run(tmp_path / "run", tiny_llama())
+    info, tensors = as_of(6, Calibration.load(run.file(CALIBRATION))[0])
+    write_tensors(run.file(CALIBRATION), tensors, {"info": info, "extra": None})
+    with pytest.raises(
+        InputError, match=r"version 6.*(?s:.*)--overwrite, or pass --value-basis none"
+    ):
+        fit_nuq.run(run, FitNuqSettings())
+    fit_nuq.run(run, FitNuqSettings(value_basis="none", sinks=1))
 
 
 def test_error_feedback_needs_a_calibration_with_second_moments(tmp_path):

@@ -163,6 +163,25 @@ def test_densities_are_histograms_of_the_sample(home, found):
         assert divmod(int(ranked[place]), 16) == (one.head, one.channel)
 
 
+def test_densities_along_axes(tmp_path):
+    """Of values in a basis of their own the histogram is of what lies along an axis, with its own Fisher."""
+    run = make_run(tmp_path / "run", tiny_llama(), value_basis="pca")
+    build.run(run, tmp_path / "a", 2, 2)
+    artifact, (calibration, _) = load(tmp_path / "a"), Calibration.load(run.file(CALIBRATION))
+    found, _ = report_data.densities(artifact, calibration)
+    assert {one.unit for one in found if one.role == "value"} == {"value, along the head's own axis"}
+    for one in found:
+        sample = calibration.layer(one.layer)
+        x, gradient = (sample[f"sample.{one.role}{part}"][:, one.head].double().numpy() for part in ("", "_gradient"))
+        axis = np.eye(x.shape[1])[:, one.channel]
+        if one.role == "value":
+            axis = artifact.quantizers[one.layer]["value"].basis.matrix[one.head, :, one.channel].double().numpy()
+        along, fisher = x @ axis, np.square(gradient @ axis)
+        inside = [(along >= a) & (along < b) for a, b in zip(one.edges, one.edges[1:], strict=False)]
+        assert [m.mean() for m in inside] == pytest.approx(list(one.density), abs=2.1 / len(x))
+        assert [fisher[m].sum() / fisher.sum() for m in inside] == pytest.approx(list(one.weighted), abs=0.05)
+
+
 def test_the_runs_own_measures_are_taken(home, found):
     rows = {row["artifact"].rsplit("/", 1)[-1]: row for row in json.loads((home / "run/eval.json").read_text())}
     (where,) = found.measurements

@@ -109,6 +109,13 @@ def test_what_is_refused(made, tmp_path):
     build.run(mine, tmp_path / "other", 2, 2)
     with pytest.raises(InputError, match="quantizes other layers"):
         tiers.run(run, [paths[0], tmp_path / "other"], tmp_path / "out", settings)
+    turned = make_run(tmp_path / "turned", tiny_llama(), outliers=0.03, value_basis="pca")
+    build.run(turned, tmp_path / "axes", 3, 3)
+    with pytest.raises(InputError, match=r"values of layer 0 are kept in another basis in .*axes than in .*bits1"):
+        tiers.run(run, [paths[0], tmp_path / "axes"], tmp_path / "out", settings)
+    mixed = Adaptive(rule, tuple(kvcalib.load(p).quantizers for p in (paths[0], tmp_path / "axes")))
+    with pytest.raises(ArtifactMismatch, match=r"tier 1, layer 0: values are kept in another basis than in tier 0"):
+        mixed.check_fit(kvcalib.load(paths[0]).quantizers)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("")
     with pytest.raises(FolderInUse, match="no adaptive widths"):
