@@ -2,16 +2,20 @@
 
 import contextlib
 import warnings
+from dataclasses import replace
 
 import torch
 
 import kvcalib
 from kvcalib.model.selftest import attention_layers
+from kvcalib.quant.codebook import Codebook
 from kvcalib.runtime.loader import prove
 from kvcalib.stages import build
 from tests.tiny import make_run, tiny_family, tokens
 
 PROMPT, NEW = 21, 9
+# About the largest value of a tiny model.
+LARGEST = 4.0
 WINDOW = 12
 TWO = {"num_hidden_layers": 2}
 HYBRID = TWO | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
@@ -38,6 +42,18 @@ def make(folder, family, changes, inside, bits=3, **fit):
     build.run(run, folder / "artifact", bits, bits)
     artifact = kvcalib.load(folder / "artifact")
     return model, artifact, prove(model, list(artifact.quantizers))
+
+
+def with_values(artifact, relative):
+    """`artifact`, its values' codebooks relative to each token's range, or holding values as they are."""
+    return replace(artifact, quantizers={i: pair_of(pair, relative) for i, pair in artifact.quantizers.items()})
+
+
+def pair_of(pair, relative):
+    """The quantizers of one layer, for `with_values`."""
+    book = pair["value"].codebook
+    levels = book.centroids / book.centroids.abs().max() * (1.0 if relative else LARGEST)
+    return pair | {"value": replace(pair["value"], relative=relative, codebook=Codebook(book.widths, levels))}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from kvcalib.runtime.adaptive import AdaptiveLayer
 from kvcalib.runtime.layers import PackedLayer
 from tests.runtime import adaptive_talk
 from tests.runtime.adaptive_talk import attached, simulated
-from tests.runtime.talk import WINDOW, Talk
+from tests.runtime.talk import WINDOW, Talk, pair_of, with_values
 from tests.runtime.test_generate import MODES, Drafted
 from tests.tiny import tokens
 
@@ -64,6 +65,19 @@ def test_sinks_and_longer_windows(case, settings, mode):
 def test_choosing_again_from_the_exact_copy(case, signal, mode):
     model, artifact, rotations, adaptive = case("llama", signal)
     check_same((model, artifact, rotations, adaptive.with_exact("cpu", 3)), MODES[mode], sinks=1)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_values_relative_to_their_tokens_or_not(case, relative):
+    model, artifact, rotations, adaptive = case("llama")
+    tiers = tuple({index: pair_of(pair, relative) for index, pair in tier.items()} for tier in adaptive.tiers)
+    parts = model, with_values(artifact, relative), rotations, replace(adaptive, tiers=tiers).with_exact("cpu", 3)
+    check_same(parts, MODES["roll back"], sinks=1)
+    with attached(*parts) as new_cache:
+        cache = new_cache()
+        Talk(model).run(Talk(model).prompt(), past_key_values=cache)
+        assert cache.layers[0].pools.pools["value", 1].length
+        assert ("zero" in cache.layers[0].pools.pools["value", 1].tensors()) == relative
 
 
 def test_assisted_by_a_draft_model(case):

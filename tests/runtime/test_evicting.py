@@ -12,7 +12,7 @@ from kvcalib.runtime.eviction import Eviction
 from kvcalib.runtime.policies import Policy
 from kvcalib.runtime.policies.qhitter import QHitter
 from tests.runtime.evicting_talk import attached, simulated
-from tests.runtime.talk import CASES, Talk, make
+from tests.runtime.talk import CASES, Talk, make, with_values
 from tests.runtime.test_generate import MODES
 from tests.tiny import tokens
 
@@ -79,6 +79,14 @@ def test_other_policies(case, policy, mode):
 @pytest.mark.parametrize("mode", SOME)
 def test_rows_whose_heads_cannot_stand_alone(case, mode):
     check_same(case(outliers=0.03), MODES[mode], settings("qhitter"), by_head=False)
+
+
+@pytest.mark.parametrize("outliers", [0.0, 0.03])
+@pytest.mark.parametrize("relative", [False, True])
+def test_values_relative_to_their_tokens_or_not(case, relative, outliers):
+    model, artifact, rotations = case(outliers=outliers)
+    parts = model, with_values(artifact, relative), rotations
+    check_same(parts, MODES["turns of chunks"], settings("qhitter"), by_head=not outliers, sinks=3, recent=5)
 
 
 @pytest.mark.parametrize("policy", NAMES)
@@ -192,15 +200,17 @@ def test_heads_keep_tokens_of_their_own_and_never_more_than_the_budget(case):
         assert (positions[..., -10:] == torch.arange(90, 100)).all(), "recent tokens"
 
 
-def test_bytes_are_those_of_the_tokens_held(case):
+@pytest.mark.parametrize("relative", [False, True])
+def test_bytes_are_those_of_the_tokens_held(case, relative):
     eviction = settings("qhitter", keep=32, recent=4)
-    cache = filled(case(), eviction, tokens(2, 300), chunk=50)
-    artifact, total = case()[1], 0
+    model, artifact, rotations = case()
+    artifact, total = with_values(artifact, relative), 0
+    cache = filled((model, artifact, rotations), eviction, tokens(2, 300), chunk=50)
     for spec in artifact.manifest.layers:
         key, value = (artifact.quantizers[spec.index][role] for role in ("key", "value"))
         heads = key.layout.widths.shape[0]
         token = 4 * (key.layout.words + value.layout.words)  # codes
-        token += heads * (2 + 2 + 1 + 4 + 4)  # zero, scale, friendliness, position, attention drawn
+        token += heads * ((2 + 2) * relative + 1 + 4 + 4)  # zero, scale, friendliness, position, attention drawn
         mine = 2 * int(32 * spec.friendliness.share) * token
         assert cache.layers[spec.index].nbytes == mine
         total += mine
@@ -240,10 +250,11 @@ def test_streaming_goes_beyond_the_context_in_the_cache_s_own_positions(case):
     assert cache.survivors()[0].max() == 699
 
 
-@pytest.mark.parametrize("outliers", [0.0, 0.03])
+@pytest.mark.parametrize(("outliers", "relative"), [(0.0, False), (0.0, True), (0.03, False)])
 @pytest.mark.parametrize("eviction", [settings(p) for p in NAMES] + [settings("h2o", keep=20, recent=3)], ids=named)
-def test_a_saved_cache_goes_on_as_if_it_had_not_been(case, eviction, outliers, tmp_path):
+def test_a_saved_cache_goes_on_as_if_it_had_not_been(case, eviction, outliers, relative, tmp_path):
     model, artifact, rotations = case(outliers=outliers)
+    artifact = with_values(artifact, relative)
     ids = tokens(2, 90)
     kvcalib.attach(model, artifact, 2, 3, rotations, eviction=eviction)
     try:

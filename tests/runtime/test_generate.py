@@ -7,7 +7,7 @@ import torch
 
 from kvcalib.runtime.loader import prove
 from tests.runtime.simulated import simulated
-from tests.runtime.talk import CASES, WINDOW, Talk, attached
+from tests.runtime.talk import CASES, WINDOW, Talk, attached, with_values
 
 MODES = {
     "greedy": lambda t: t.run(t.prompt()),
@@ -85,6 +85,18 @@ SOME = ["left-padded", "several samples", "beam search", "prompt lookup", "turns
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma3_text inside the window"])
 def test_sinks_recent_tokens_and_exact_prefill(case, name, settings, mode):
     check_same(case(name), MODES[mode], **settings)
+
+
+@pytest.mark.parametrize("mode", ["left-padded", "roll back"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_values_relative_to_their_tokens_or_not(case, relative, mode):
+    model, artifact, rotations = case("llama")
+    parts = model, with_values(artifact, relative), rotations
+    check_same(parts, MODES[mode])
+    with attached(*parts, recent=3) as new_cache:
+        cache = new_cache()
+        Talk(model).run(Talk(model).prompt(), past_key_values=cache)
+        assert all(("value.zero" in layer.packed.tensors()) == relative for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvcalib.runtime.pools import Pools, tags_of
 from tests.runtime import adaptive_talk
+from tests.runtime.talk import pair_of
 
 HEADS, DIM = 2, 16
 
@@ -51,8 +52,9 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=ACTIONS, seed=st.integers(0, 999), size=st.integers(1, 11))
-def test_pools_hold_what_a_list_holds(tiers, actions, seed, size):
+@given(actions=ACTIONS, seed=st.integers(0, 999), size=st.integers(1, 11), relative=st.booleans())
+def test_pools_hold_what_a_list_holds(tiers, actions, seed, size, relative):
+    tiers = [pair_of(pair, relative) for pair in tiers]
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randint, generator=generator)
     pools, listed = Pools(tiers), Listed(tiers)

@@ -14,7 +14,7 @@ import kvcalib
 from kvcalib.errors import ArtifactMismatch, CorruptFile, InputError
 from kvcalib.files import METADATA_KEY, hash_tensor, read_tensors, write_tensors
 from kvcalib.runtime.cache import PackedCache
-from tests.runtime.talk import CASES, WINDOW, Talk, attached, longer, make
+from tests.runtime.talk import CASES, WINDOW, Talk, attached, longer, make, with_values
 from tests.tiny import tokens
 
 SETTINGS = {
@@ -96,14 +96,15 @@ def saved(case, tmp_path):
         yield parts, settings, tmp_path / "prompt.safetensors", cache
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_what_is_loaded_is_what_was_saved(case, tmp_path, name):
+@pytest.mark.parametrize(("name", "relative"), [*((name, False) for name in SETTINGS), ("plain", True)])
+def test_what_is_loaded_is_what_was_saved(case, tmp_path, name, relative):
     family, settings = SETTINGS[name]
     model, artifact, rotations = case(family)
-    with attached(model, artifact, rotations, **settings) as new_cache:
+    with attached(model, with_values(artifact, relative), rotations, **settings) as new_cache:
         cache = prompted(model, new_cache())
         Talk(model).run(longer(Talk(model).prompt(3), tokens(3, 30)), past_key_values=cache)
         cache.save(tmp_path / "a")
+        assert relative == any(n.endswith("value.zero") for n in load_file(tmp_path / "a"))
         again = kvcalib.load_cache(tmp_path / "a", model)
         again.save(tmp_path / "b")
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

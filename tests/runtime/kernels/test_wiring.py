@@ -6,6 +6,7 @@ import torch
 import kvcalib
 from kvcalib.runtime import paths
 from kvcalib.runtime.kernels import attention, encode
+from tests.runtime.talk import with_values
 from tests.tiny import make_artifact, tiny_family, tiny_llama, tokens
 
 
@@ -39,10 +40,10 @@ def generate(model, artifact, device, **settings):
         kvcalib.detach(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "cohere2", "gemma3_text"])
-def test_generate_runs_on_the_kernels(tmp_path, monkeypatch, counted, device, family):
+@pytest.mark.parametrize(("family", "relative"), [("llama", False), ("cohere2", True), ("gemma3_text", False)])
+def test_generate_runs_on_the_kernels(tmp_path, monkeypatch, counted, device, family, relative):
     model = tiny_llama() if family == "llama" else tiny_family(family)
-    artifact = make_artifact(tmp_path, model, key_bits=3, value_bits=3, sinks=1)
+    artifact = with_values(make_artifact(tmp_path, model, key_bits=3, value_bits=3, sinks=1), relative)
     model = model.to(device)
     monkeypatch.setenv("KVCALIB_PATH", "torch")
     expected = generate(model, artifact, device, recent=3)

@@ -14,13 +14,14 @@ from tests.runtime.kernels.layers import Case, make_layer
 
 BF16 = torch.bfloat16
 MIXED = {"key_bits": "mixed", "value_bits": "mixed"}
-LLAMA = {"heads": 2, "group": 4, "dim": 128, "dtype": BF16, "length": 128, "batch": 1}
+LLAMA = {"heads": 2, "group": 4, "dim": 128, "dtype": BF16, "length": 128, "batch": 1, "relative": False}
+RELATIVE = LLAMA | {"relative": True}
 # What a served model of today uses at decode: bfloat16, GQA 4, head_dim 128, one width or groups, two outliers a head.
 MAIN = {
     **{f"decode {w} bit": Case(**LLAMA, key_bits=w, value_bits=w) for w in (2, 3, 4)},
     "decode 3 bit, no outliers": Case(**LLAMA, outliers=0),
     "decode groups": Case(**LLAMA, **MIXED),
-    "decode groups, values as they are": Case(**LLAMA, **MIXED, relative=False),
+    "decode groups, relative values": Case(**RELATIVE, **MIXED),
     "decode groups, sinks and window": Case(**LLAMA, **MIXED, sinks=4, recent=16),
     "decode groups, mask": Case(**LLAMA, **MIXED, mask="bool"),
     "decode groups, positions per head": Case(**LLAMA, **MIXED, per_head=True),
@@ -37,6 +38,7 @@ OTHER = {
     "decode free widths, token scope": Case(**LLAMA, key_bits="free", value_bits="free", scope="token", outliers=5),
     "decode float mask, softcap, sink logits": Case(**LLAMA, mask="float", softcap=30.0, sink_logits=True),
     "decode fp16, no rotation": Case(**{**LLAMA, "dtype": torch.float16}, style="none"),
+    "decode fp16, relative values": Case(**{**RELATIVE, "dtype": torch.float16}),
     "decode fp32": Case(**{**LLAMA, "dtype": torch.float32}),
     "few queries": Case(**LLAMA, queries=6),
     "prefill groups": Case(**LLAMA, queries=32, **MIXED, recent=32),
@@ -68,13 +70,17 @@ ENCODE = {
     "encode without outliers": Case(**LLAMA, outliers=0),
     "encode, residue": Case(**LLAMA),
     "encode, feedback": Case(**LLAMA, **MIXED, feedback=True),
-    "encode, values as they are, feedback": Case(**LLAMA, **MIXED, feedback=True, relative=False),
+    "encode, relative values": Case(**RELATIVE),
+    "encode, relative values, feedback, residue": Case(**RELATIVE, **MIXED, feedback=True),
     "encode, feedback, residue": Case(**LLAMA, **MIXED, feedback=True),
     "encode free widths, token scope, no outliers, feedback": Case(
         **{**LLAMA, "dim": 80}, key_bits="free", value_bits="free", scope="token", outliers=0, feedback=True
     ),
     "encode free widths, token scope, residue": Case(
         **LLAMA, key_bits="free", value_bits="free", scope="token", outliers=3
+    ),
+    "encode free widths, token scope, relative values, residue": Case(
+        **RELATIVE, key_bits="free", value_bits="free", scope="token", outliers=3
     ),
 }
 
