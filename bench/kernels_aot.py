@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel variant, compiled for GPUs that need not be there.
 
-    python bench/kernels_aot.py [--only main] [--targets 80,90] [--json bench/results/kernels-aot.json]
+    python bench/kernels_aot.py [--only main] [--variant NAME]... [--targets 80,90] [--json FILE]
 
 Every variant is built by the same code that launches it, from tensors of a small cache on the CPU, and compiled by
 Triton and its ptxas. `stack` is the bytes per thread that the registers did not hold (spills); 0 is what the main
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"] + found["LOCAL"], "instructions": len(instructions)}
 
 
-def variants(only: str, match: str = "") -> Iterator[tuple[str, bool, Any]]:
-    """(name, whether it is a main variant, launch)."""
+def variants(only: str, match: str = "", chosen: Sequence[str] = ()) -> Iterator[tuple[str, bool, Any]]:
+    """(name, whether it is a main variant, launch); those `chosen` by name, unless that is empty."""
     from tests.runtime.kernels.variants import every_launch
 
     for name, main, make in every_launch():
-        if match in name and (only == "all" or (only == "main") == main):
+        if match in name and (only == "all" or (only == "main") == main) and (not chosen or name in chosen):
             yield name, main, make()
 
 
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["all", "main", "other"], default="all")
     parser.add_argument("--targets", default="80,90", help="compute capabilities, such as 80,90")
     parser.add_argument("--match", default="", help="only variants whose name holds this")
+    parser.add_argument("--variant", action="append", default=[], help="only the variant of this name; repeatable")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "kernels-aot.json")
     options = parser.parse_args()
 
@@ -112,7 +113,7 @@ def main() -> None:
     rows = []
     print(f"{'variant':<56}{'sm':>4}{'instructions':>14}{'registers':>11}{'stack':>7}{'shared':>8}{'warps':>7}"
           f"{'occupancy':>11}")  # fmt: skip
-    for name, main_variant, launch in variants(options.only, options.match):
+    for name, main_variant, launch in variants(options.only, options.match, options.variant):
         for target in map(int, options.targets.split(",")):
             used = compile_launch(launch, target)
             rows.append({"variant": name, "main": main_variant, "target": f"sm_{target}", **used})

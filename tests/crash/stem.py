@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -247,6 +248,7 @@ class Watch:
 
         self.work, self.shared, self.snapshots, self.die = work, shared, snapshots, die
         self.size, self.count, self.busy, self.began = 0, 0, False, time.perf_counter()
+        self.turn = threading.RLock()  # one thread's operation waits for the copy that another's takes
         self.whole: dict[str, int] = {}
         fsync, exchange = os.fsync, folders._renameat2
 
@@ -283,23 +285,32 @@ class Watch:
         self.size += len(line)
 
     def operation(self, name: str, path: Any, torn: bool = False) -> None:
-        if self.busy or isinstance(path, int) or not os.fsdecode(path).startswith(str(self.work)):
+        if isinstance(path, int) or not os.fsdecode(path).startswith(str(self.work)):
             return
-        self.busy = True
-        inside = Path(os.fsdecode(path)).relative_to(self.work)
-        self.tell(f"{name} {inside}")
-        self.count += 1
-        if self.count == self.die:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.snapshots is not None:
-            copy = Path(self.snapshots) / f"{self.count:04d}"
-            shutil.copytree(self.work, copy, symlinks=True)
-            here, before = self.work / inside, self.whole.get(os.fsdecode(path), 0)
-            if torn and here.is_file() and here.stat().st_size > before + 1:
-                copy = copy.with_name(copy.name + "-torn")
-                shutil.copytree(self.work, copy, symlinks=True)
-                os.truncate(copy / inside, before + (here.stat().st_size - before) * 2 // 3)
-        self.busy = False
+        with self.turn:
+            if self.busy:
+                return  # it is of a copy
+            self.busy = True
+            inside = Path(os.fsdecode(path)).relative_to(self.work)
+            self.tell(f"{name} {inside}")
+            self.count += 1
+            if self.count == self.die:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.snapshots is not None:
+                copy = Path(self.snapshots) / f"{self.count:04d}"
+                shutil.copytree(self.work, copy, symlinks=True, copy_function=_copy_if_there)
+                here, before = self.work / inside, self.whole.get(os.fsdecode(path), 0)
+                if torn and here.is_file() and here.stat().st_size > before + 1:
+                    copy = copy.with_name(copy.name + "-torn")
+                    shutil.copytree(self.work, copy, symlinks=True, copy_function=_copy_if_there)
+                    os.truncate(copy / inside, before + (here.stat().st_size - before) * 2 // 3)
+            self.busy = False
+
+
+def _copy_if_there(source: Any, target: str) -> None:
+    """Copy a file, unless another thread has moved it meanwhile: it is as good as not there yet."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy2(source, target)
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

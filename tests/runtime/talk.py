@@ -1,6 +1,7 @@
 """Tiny models with their artifacts, and the ways to use one that tests of `generate()` share."""
 
 import contextlib
+import functools
 import warnings
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import torch
 
 import kvcalib
 from kvcalib.model.selftest import attention_layers
+from kvcalib.quant.basis import Basis
 from kvcalib.quant.codebook import Codebook
 from kvcalib.runtime.loader import prove
 from kvcalib.stages import build
@@ -45,7 +47,7 @@ def make(folder, family, changes, inside, bits=3, **fit):
 
 
 def with_values(artifact, relative):
-    """`artifact`, its values' codebooks relative to each token's range, or holding values as they are."""
+    """`artifact`, its values' codebooks relative to each token's range, or of values along some axes."""
     return replace(artifact, quantizers={i: pair_of(pair, relative) for i, pair in artifact.quantizers.items()})
 
 
@@ -53,7 +55,16 @@ def pair_of(pair, relative):
     """The quantizers of one layer, for `with_values`."""
     book = pair["value"].codebook
     levels = book.centroids / book.centroids.abs().max() * (1.0 if relative else LARGEST)
-    return pair | {"value": replace(pair["value"], relative=relative, codebook=Codebook(book.widths, levels))}
+    basis = None if relative else axes(*book.widths.shape)
+    return pair | {
+        "value": replace(pair["value"], relative=relative, codebook=Codebook(book.widths, levels), basis=basis)
+    }
+
+
+@functools.cache
+def axes(heads, dim):
+    """Orthogonal axes at random, the same for all."""
+    return Basis(torch.linalg.qr(torch.randn(heads, dim, dim, generator=torch.Generator().manual_seed(0))).Q)
 
 
 @contextlib.contextmanager

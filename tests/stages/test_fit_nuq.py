@@ -87,9 +87,7 @@ def test_values_along_their_axes_need_gradients_with_their_sign(tmp_path):
     run = make_run(tmp_path / "run", tiny_llama())
     info, tensors = as_of(6, Calibration.load(run.file(CALIBRATION))[0])
     write_tensors(run.file(CALIBRATION), tensors, {"info": info, "extra": None})
-    with pytest.raises(
-        InputError, match=r"version 6.*(?s:.*)--overwrite, or pass --value-basis none"
-    ):
+    with pytest.raises(InputError, match=r"version 6.*(?s:.*)--overwrite, or pass --value-basis none"):
         fit_nuq.run(run, FitNuqSettings())
     fit_nuq.run(run, FitNuqSettings(value_basis="none", sinks=1))
 

@@ -19,4 +19,7 @@ def device():
     import triton
 
     assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before triton is imported"
+    from tests.runtime.kernels.interpreter import patch_once
+
+    patch_once()
     return torch.device("cpu")
