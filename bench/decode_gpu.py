@@ -78,16 +78,16 @@ def angles_of(shape: Shape) -> Angles:
 
 
 def quantizers(shape: Shape, bits: int, angles: Angles) -> tuple[Quantizer, Quantizer]:
-    """Random codebooks of one width, laid out in groups; outliers and scales per token and head."""
+    """Random codebooks of one width, laid out in groups, as `fit-nuq` makes them; outliers per token and head."""
     order = torch.stack([angles.first, angles.second], 1).flatten().expand(shape.heads, -1)
     widths = torch.full((shape.heads, shape.dim), bits, dtype=torch.uint8)
     made = []
-    for relative in (False, True):
-        generator = torch.Generator().manual_seed(int(relative))
+    for seed, laid_out in enumerate((order, None)):
+        generator = torch.Generator().manual_seed(seed)
         centroids = torch.rand(shape.heads, shape.dim, 1 << bits, generator=generator).mul(2).sub(1).sort(-1).values
-        layout = Layout.build(widths, "head", None if relative else order)
+        layout = Layout.build(widths, "head", laid_out)
         weight = torch.ones(shape.heads, shape.dim)
-        made.append(Quantizer(Codebook(widths, centroids), layout, relative, "head", shape.outliers, weight))
+        made.append(Quantizer(Codebook(widths, centroids), layout, False, "head", shape.outliers, weight))
     return made[0], made[1]
 
 

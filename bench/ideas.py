@@ -6,8 +6,8 @@
 One calibration (16 x 512 tokens), then every idea's codebooks, widths by the budget as `allocate --budget` finds them
 (predicted loss, groups of 16, no outliers: what the budget chooses on both models), and the KLD of 16 x 512 held-out
 tokens, each sequence in one pass. Keys and values are replaced by what storage would show (`ideas_store.py`); bytes are
-counted by the formula of the plan. `feedback` is what `kvcalib run` builds; that and nearest rounding are measured on
-packed storage too, to show that the simulation is what is built.
+counted by the formula of the plan. `feedback` is what `fit-nuq --value-basis none` makes; that and nearest rounding are
+measured on packed storage too, to show that the simulation is what is built.
 
 Every row is written at once; the same command goes on where it was stopped. Delete the JSON to measure anew.
 
@@ -114,7 +114,7 @@ def packed(model_id: str, model: Any, data: str, eval_data: str, sizes: tuple[in
         run = RunDir(Path(folder) / "run", create=True)
         fisher.run(run, model_id, fisher.FisherSettings(data=data, samples=sizes[0], seq_len=sizes[1]), model=model)
         for feedback in (False, True):
-            fit_nuq.run(run, fit_nuq.FitNuqSettings(feedback=feedback))
+            fit_nuq.run(run, fit_nuq.FitNuqSettings(feedback=feedback, value_basis="none"))
             for bits in budgets:
                 found, widths = allocate.run(run, allocate.AllocateSettings(budget=bits))
                 path = Path(folder) / f"{bits:g}-{feedback}"

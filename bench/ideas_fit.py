@@ -28,7 +28,7 @@ from kvcalib.stages.fit_nuq import ROLES, channel_order
 Correction = Literal["none", "fisher", "plain", "mean"]
 """What of a channel's moments its centroids give back: nothing; mean and deviation under the weights of the fit (what
 `fit-nuq` does), or with every token alike; the mean alone, every token alike."""
-SETTINGS = FitNuqSettings(outliers=0.0, choices=None, feedback=False)
+SETTINGS = FitNuqSettings(outliers=0.0, choices=None, feedback=False, value_basis="none")
 BLOCK = 16
 ANGLES = np.pi / 2 * np.arange(64) / 64
 
