@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,6 +25,14 @@ def pytest_terminal_summary(terminalreporter):
     if any("NO BROWSER" in reason for reason in skipped):
         terminalreporter.section("the report was not opened in a browser", red=True, bold=True)
         terminalreporter.write_line(next(reason for reason in skipped if "NO BROWSER" in reason), red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_text_is_read_once():
+    """The embedded text is the same throughout, and reading it takes seconds."""
+    import kvcalib.demo
+
+    kvcalib.demo.documents = functools.cache(kvcalib.demo.documents)
 
 
 @pytest.fixture

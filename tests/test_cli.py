@@ -588,9 +588,9 @@ def test_failed_write_changes_nothing(run, artifact, model, data, tmp_path, monk
 
 def test_ctrl_c_is_resumed_to_the_same_bytes(tmp_path):
     """Ctrl-C at a terminal in the middle of `fisher`, then the same command again."""
-    rows = np.random.default_rng(1).integers(3, VOCABULARY, (100, 32)).tolist()
+    rows = np.random.default_rng(1).integers(3, VOCABULARY, (30, 32)).tolist()
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    command = ["fisher", "builtin", "--data", str(tmp_path / "data.jsonl"), "--samples", "100", "--seq-len", "32",
+    command = ["fisher", "builtin", "--data", str(tmp_path / "data.jsonl"), "--samples", "30", "--seq-len", "32",
                "--batch-size", "1", "--keep-tokens", "500", "--run"]  # fmt: skip
     shown = interrupted([*command, str(tmp_path / "broken")])
     assert [line for line in shown.splitlines() if "error:" in line] == ["error: interrupted"]
@@ -598,7 +598,7 @@ def test_ctrl_c_is_resumed_to_the_same_bytes(tmp_path):
     assert any(name.startswith("parts/fisher/") for name in snapshot(tmp_path / "broken"))
     assert "calibration.safetensors" not in snapshot(tmp_path / "broken")
 
-    assert re.search(r"going on after \d+ of 100 sequences", ok(*command, tmp_path / "broken").stderr)
+    assert re.search(r"going on after \d+ of 30 sequences", ok(*command, tmp_path / "broken").stderr)
     ok(*command, tmp_path / "whole")
     assert snapshot(tmp_path / "broken") == snapshot(tmp_path / "whole")
 
@@ -621,8 +621,8 @@ def interrupted(arguments):
             if not chunk:
                 break
             shown += chunk
-            done = [int(n) for n in re.findall(rb"(\d+)/100", shown)]
-            if not pressed and done and 3 <= done[-1] < 80:
+            done = [int(n) for n in re.findall(rb"(\d+)/30", shown)]
+            if not pressed and done and 3 <= done[-1] < 24:
                 process.send_signal(signal.SIGINT)
                 pressed = True
         assert process.wait(10) == 130, shown

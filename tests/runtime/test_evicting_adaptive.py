@@ -103,7 +103,7 @@ def test_a_prompt_goes_in_block_by_block(case, keep_exact, streaming):
     for layer, kept in at_once.survivors().items():
         assert torch.equal(kept, in_blocks.survivors()[layer])
         assert kept.shape[-1] <= 32
-    longer, _ = passes(here, eviction, range(2, 200, 2), length=200)
+    longer, _ = passes(here, eviction, range(2, 120, 2), length=120)
     for layer in longer.tapped:
         held = longer.layers[layer]
         assert held.slots <= 32
