@@ -67,7 +67,7 @@ def measured(bench, options, subject, small):
 
 def test_every_idea_is_measured_at_the_same_bytes_beside_kvquant(tables, options, measured):
     found = tables.Found(json.loads(json.dumps(measured)))
-    assert found.ideas == ["fisher", "outliers", "feedback", "kl"]
+    assert found.ideas == ["fisher", "outliers", "feedback", "basis", "kl"]
     rows = {idea: found.ours(idea, 4.6) for idea in found.ideas}
     # Feedback chooses other codes; where they lie and how large they are does not change.
     assert rows["feedback"].cache_bytes == rows["outliers"].cache_bytes
@@ -78,7 +78,8 @@ def test_every_idea_is_measured_at_the_same_bytes_beside_kvquant(tables, options
     assert found.size(4.6) <= theirs.effective_bits <= 1.02 * found.size(4.6)
     for idea in found.ideas:
         manifest = json.loads((options.work / "tiny" / f"{idea}-4.6" / "manifest.json").read_text())
-        assert {layer["key"]["feedback"] for layer in manifest["layers"]} == {idea in ("feedback", "kl")}
+        assert {layer["key"]["feedback"] for layer in manifest["layers"]} == {idea in ("feedback", "basis", "kl")}
+        assert {layer["value"]["basis"] for layer in manifest["layers"]} == {idea in ("basis", "kl")}
         assert manifest["budget"]["asked"] == 4.6
     (line,) = (line for line in tables.table_of(found) if line[0] == "+ error feedback")
     ratio = rows["feedback"].kld.value / theirs.kld.value
@@ -95,7 +96,7 @@ def test_recall_generations_and_times_stand_beside_it(tables, measured):
     exact = tables.tasks_of(found)[1]
     assert exact[3:] == ["100.0 %", "4 of 4"]
     rows = measured["decode"]["rows"]
-    assert [row["cache"] for row in rows] == ["outliers-4.6", "feedback-4.6", "kl-4.6"]
+    assert [row["cache"] for row in rows] == ["outliers-4.6", "feedback-4.6", "basis-4.6"]
     assert rows[0]["step_ratio"] == rows[0]["prompt_ratio"] == 1
     assert all(row["step_seconds"] > 0 and row["prompt_ratio"] > 0 for row in rows)
 

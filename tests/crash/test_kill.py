@@ -9,7 +9,7 @@ import pytest
 
 from tests.crash.road import tree
 
-KILLS = 8
+KILLS = 20
 STAGES = (
     "fisher", "fit-nuq", "friendliness", "allocate", "build", "allocate kl", "eval", "tiers", "tiers again", "card",
     "build again", "export", "report", "fit-nuq again", "merge", "run",
