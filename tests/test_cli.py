@@ -179,7 +179,7 @@ def test_outliers_are_chosen_with_the_widths(run, tmp_path):
 
 
 def test_a_budget_that_cannot_be_met_is_refused(run):
-    refused(2, r"budget is 0\.5 effective bits.*smallest plan has", "allocate", run, "--budget", 0.5)
+    refused(2, r"budget is 0\.2 effective bits.*smallest plan has", "allocate", run, "--budget", 0.2)
     refused(2, r"one of --budget", "allocate", run)
     refused(2, r"group", "allocate", run, "--budget", 4, "--group", 7)
 
@@ -486,9 +486,9 @@ def test_truncated_files_of_a_run(run, tmp_path):
 
 def test_manifest_of_an_unknown_version(artifact, model, data):
     path = artifact / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 4'))
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 5'))
     for command in (("verify", artifact), ("inspect", artifact), ("eval", artifact, "--model", model, "--data", data)):
-        refused(2, r"manifest\.json: format_version is 4, this kvcalib reads 3", *command)
+        refused(2, r"manifest\.json: format_version is 5, this kvcalib reads 4", *command)
 
 
 def test_verify_names_the_altered_file(artifact):

@@ -27,8 +27,9 @@ def demo(tmp_path_factory):
     model, run = load_model(BUILTIN), RunDir(folder / "run", create=True)
     few = fisher.FisherSettings(samples=4, seq_len=256, keep_tokens=1024)
     fisher.run(run, BUILTIN, few, model=model)
-    # Every element as near as it can be: error feedback moves them, for a smaller loss.
-    fit_nuq.run(run, fit_nuq.FitNuqSettings(key_bits=8, value_bits=8, outliers=0.02, feedback=False))
+    # Every element as near as it can be: feedback moves them for a smaller loss, and axes spread what is far out.
+    near = fit_nuq.FitNuqSettings(key_bits=8, value_bits=8, outliers=0.02, feedback=False, value_basis="none")
+    fit_nuq.run(run, near)
     build.run(run, folder / "artifact")
     return model, kvcalib.load(folder / "artifact")
 
