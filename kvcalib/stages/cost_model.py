@@ -221,9 +221,9 @@ def ladders(plan: Plan) -> int:
     )
 
 
-def squares(plan: Plan) -> int:
-    """Elements of a matrix for every head, if rounding has error feedback."""
-    return sum(heads * head_dim**2 for heads, head_dim, _ in plan.layers.values()) if plan.fit.feedback else 0
+def squares(plan: Plan, asked: bool) -> int:
+    """Elements of a matrix for every head, if there is one: of error feedback, or of values' own axes."""
+    return sum(heads * head_dim**2 for heads, head_dim, _ in plan.layers.values()) if asked else 0
 
 
 def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
@@ -233,7 +233,7 @@ def fit_cost(plan: Plan, rates: Rates, c: Constants) -> Cost:
     work = ladders(plan) * (c.ladder + plan.kept * c.fit)
     seconds = c.start + work / (workers * plan.processes)
     disk = float(ladders(plan) * (LADDER + MAX_BITS + 1) * FLOAT + 2 * plan.elements * FLOAT)
-    disk += 2 * squares(plan) * FLOAT
+    disk += (2 * squares(plan, plan.fit.feedback) + squares(plan, plan.fit.value_basis == "pca")) * FLOAT
     return Cost("fit-nuq", seconds, c.offline + workers * layer * plan.kept * c.fit_host, 0.0, disk, disk)
 
 
@@ -245,7 +245,8 @@ def small_costs(plan: Plan, rates: Rates, c: Constants) -> list[Cost]:
     look = 2 * plan.elements * plan.kept * c.fit / workers
     widths = 2.0 * plan.elements
     # Three bits on average: 2^3 centroids, and tables of a width, word, shifts and weight for every channel.
-    artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT) + squares(plan) * FLOAT
+    artifact = 2 * plan.elements * (2**3 * FLOAT + 1 + 4 + 8 + FLOAT)
+    artifact += (squares(plan, plan.fit.feedback) + squares(plan, plan.fit.value_basis == "pca")) * FLOAT
     return [
         Cost("friendliness", c.start + 4 * look, c.offline + one, 0.0, 1e5),
         Cost("allocate", c.start + look, c.planning + one + 9 * 8 * ladders(plan), 0.0, widths + 1e5),
