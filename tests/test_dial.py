@@ -121,8 +121,8 @@ def test_code_widths_are_no_budget(home, tmp_path):
         (("--bits", 0), "--bits is 0: expected"),
         (("--bits", "nan"), "--bits is nan: expected"),
         (("--bits", "three"), "--bits.*three"),
-        (("--bits", 0.1), r"0\.1.*between 0\.1\d effective bits.*and 8\.5\d|0\.1.*smallest plan has 0\.1"),
-        (("--bits", 9), r"is 9\b.*8\.5"),
+        (("--bits", 0.02), r"0\.02.*between 0\.03 effective bits.*and 8\.41|0\.02.*smallest plan has 0\.03"),
+        (("--bits", 9), r"is 9\b.*8\.4"),
     ],
 )
 def test_wrong_budgets(home, tmp_path, command, options, message):
@@ -137,15 +137,17 @@ def test_the_range_of_budgets_is_that_of_the_caches():
     model = tiny_llama()
     many, only = FitNuqSettings(outliers=0.05), FitNuqSettings(outliers=0.05, choices=None)
     smallest, largest = dial.budget_range([(2, 16)] * 2, only)
-    # A token of one layer: 2 of 32 elements exact (2 bytes and an index of 1) in keys and in values, whose zero and
-    # scale take 4 bytes; and one position of 4 bytes for both layers.
-    assert smallest == 8 * (2 * (2 * 2 * 3 + 4) + 4) / (2 * 2 * 32)
+    # A token of one layer: 2 of 32 elements exact (2 bytes and an index of 1) in keys and in values; and one position
+    # of 4 bytes for both layers. Values as they are have a zero and scale of 4 bytes.
+    assert smallest == 8 * (2 * 2 * 2 * 3 + 4) / (2 * 2 * 32)
+    as_they_are = only.model_copy(update={"value_basis": "none"})
+    assert dial.budget_range([(2, 16)] * 2, as_they_are)[0] == smallest + 8 * 2 * 4 / (2 * 2 * 32)
     assert largest == smallest + 8
-    assert dial.budget_range([(2, 16)] * 2, many) == (8 * (2 * 4 + 4) / (2 * 2 * 32), largest)
-    with pytest.raises(kvcalib.errors.InputError, match=r"with 5 % outliers .*without outliers .* takes 0\.75"):
+    assert dial.budget_range([(2, 16)] * 2, many) == (8 * 4 / (2 * 2 * 32), largest)
+    with pytest.raises(kvcalib.errors.InputError, match=r"with 5 % outliers .*without outliers .* takes 0\.25"):
         dial.check_budget(model, 1.0, only)
-    with pytest.raises(kvcalib.errors.InputError, match=r"with 0 % or 5 % outliers .*between 0\.75 "):
-        dial.check_budget(model, 0.5, many)
+    with pytest.raises(kvcalib.errors.InputError, match=r"with 0 % or 5 % outliers .*between 0\.25 "):
+        dial.check_budget(model, 0.2, many)
     dial.check_budget(model, 1.0, many)
 
 
@@ -164,5 +166,5 @@ def test_a_budget_in_a_recipe(tmp_path, home):
     ok("run", path)
     assert store.read_manifest(tmp_path / "c").budget.asked == 4
     assert (tmp_path / "c.run" / "kl.jsonl").is_file()
-    path.write_text(json.dumps(body | {"bits": 0.1, "allocate": None}))
-    refused(2, r"bits is 0\.1; .*between 0\.1", "run", path)
+    path.write_text(json.dumps(body | {"bits": 0.02, "allocate": None}))
+    refused(2, r"bits is 0\.02; .*between 0\.03", "run", path)

@@ -286,7 +286,7 @@ def test_a_plan_of_another_run(run, model, data, tmp_path):
         (("--widths", 2, "--exact-layers", "0,1"), "names every layer"),
         (("--widths", 9), "--widths is 9"),
         (("--budget", 0), "--budget is 0"),
-        (("--budget", 0.5), "smallest plan has"),
+        (("--budget", 0.1), "smallest plan has"),
         (("--budget", 15), "largest"),
         (
             ("--widths", 0.3, "--method", "qaq", "--as-published"),
