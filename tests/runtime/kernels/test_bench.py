@@ -28,8 +28,8 @@ def test_tiny_mode_fills_every_field(tmp_path, evicting):
             (40, b, w) for b in (1, 2) for w in (2, 3)
         ]
         assert all(r["packed_seconds"] > 0 for r in report[kind])
-    # 2 layers of 2 heads: bits of the codes, 2 outliers of 3 bytes, for values zero and scale of 2 bytes each.
-    each = [2 * 2 * (2 * (32 * bits // 8) + 2 * 2 * 3 + 4) for bits in (2, 3)]
+    # 2 layers of 2 heads: bits of the codes, 2 outliers of 3 bytes.
+    each = [2 * 2 * (2 * (32 * bits // 8) + 2 * 2 * 3) for bits in (2, 3)]
     assert [r["bytes_per_token"] for r in report["largest_context"]] == [2 * 2 * 2 * 32 * 2, *each]
 
 
