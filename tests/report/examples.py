@@ -83,7 +83,8 @@ def density(index: int, role: str = "key") -> Density:
     shape = [math.exp(-(((a + b) / 2) ** 2) / 2) for a, b in itertools.pairwise(edges)]
     whole = sum(shape)
     bins = [s / whole for s in shape]
-    return Density(index, role, 0, 7, "greatest Fisher", 2, edges, bins, bins[::-1], [-1.5, -0.5, 0.5, 1.5], 0.001, role)
+    centroids = [-1.5, -0.5, 0.5, 1.5]
+    return Density(index, role, 0, 7, "greatest Fisher", 2, edges, bins, bins[::-1], centroids, 0.001, role)
 
 
 def full(model: str = "tiny-llama", artifact: str = "nuq2.5", layers: int = 6) -> Report:
