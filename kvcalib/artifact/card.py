@@ -194,7 +194,7 @@ def effective_bits(manifest: Manifest) -> float:
 
 
 def _row_bits(spec: TensorSpec, relative: bool) -> int:
-    """Bits of one token's row: words, outliers with their indices, zero and scale (docs/artifact.md, 5.3)."""
+    """Bits of one token's row: words, outliers with their indices, zero and scale (docs/artifact.md, 5.5)."""
     groups = spec.kv_heads if spec.scope == "head" else 1
     index = 8 if spec.kv_heads * spec.head_dim // groups <= BYTE_INDEXED else 16
     bits = WORD_BITS * spec.words + groups * spec.outliers * (EXACT_BITS + index)

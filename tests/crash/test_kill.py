@@ -26,19 +26,16 @@ RANDOM = (
     "merge",
     "run",
 )
-MOST = 10
+MOST = 14
 """Of stages with more states than that a sample is restarted."""
-WHOLE = 4
-"""So many of either for `run`, whose stages have had theirs one by one."""
 
 
 @pytest.mark.parametrize("stage", RANDOM)
 def test_killed_at_random_moments(road, stage):
     draw, quiet = random.Random(stage), road.ended[stage]
-    wanted = WHOLE if stage == "run" else KILLS
     writing = quiet.operations[0][0]
     kills, phases, longest = 0, set(), quiet.seconds
-    for attempt in range(4 * wanted):
+    for attempt in range(4 * KILLS):
         road.put(f"before {stage}")
         # Every second moment is one at which files are being written: in a small model that is the shorter part.
         start = writing if attempt % 2 else 0.0
@@ -50,9 +47,9 @@ def test_killed_at_random_moments(road, stage):
         kills += 1
         phases.add((ended.done, ended.passes))
         road.restart(stage, f"killed after {ended.done} operations, the last {ended.operations[-1:]}")
-        if kills >= wanted and len(phases) >= 3:
+        if kills >= KILLS and len(phases) >= 3:
             break
-    assert kills >= wanted
+    assert kills >= KILLS
     assert len(phases) >= 3, f"all kills came after {sorted(phases)} (operations, passes of the model)"
 
 
@@ -66,9 +63,8 @@ def test_crash_before_every_operation(road, stage, tmp_path):
         states.setdefault(hashlib.sha256(repr(tree(folder)).encode()).digest(), folder)
     chosen = list(states.values())
     assert len(chosen) >= 3, "so few states cannot be all there are"
-    most = WHOLE if stage == "run" else MOST
-    if len(chosen) > most:
-        chosen = random.Random(stage).sample(chosen, most)
+    if len(chosen) > MOST:
+        chosen = random.Random(stage).sample(chosen, MOST)
     for state in chosen:
         road.put(state)
         number = int(state.name[:4])

@@ -93,6 +93,7 @@ def test_values_relative_to_their_tokens_or_not(case, relative, mode):
     model, artifact, rotations = case("llama")
     parts = model, with_values(artifact, relative), rotations
     check_same(parts, MODES[mode])
+    check_same(parts, MODES[mode], sinks=2, recent=3, exact_prefill=True)
     with attached(*parts, recent=3) as new_cache:
         cache = new_cache()
         Talk(model).run(Talk(model).prompt(), past_key_values=cache)

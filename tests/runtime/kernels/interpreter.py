@@ -6,6 +6,8 @@ from triton.runtime import interpreter
 
 def patch_once() -> None:
     """Let a launch swap the functions of `triton.language` once, not again in every function that the kernel calls."""
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "GridExecutor"):
+        return  # another Triton's: slower, as it is
     swap, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     swapped = set()
 
