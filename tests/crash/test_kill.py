@@ -33,15 +33,17 @@ MOST = 14
 @pytest.mark.parametrize("stage", RANDOM)
 def test_killed_at_random_moments(road, stage):
     draw, quiet = random.Random(stage), road.ended[stage]
-    writing = quiet.operations[0][0]
-    kills, phases, longest = 0, set(), quiet.seconds
+    kills, phases, longest, times = 0, set(), quiet.seconds, [at for at, _ in quiet.operations]
     for attempt in range(4 * KILLS):
         road.put(f"before {stage}")
-        # Every second moment is one at which files are being written: in a small model that is the shorter part.
-        start = writing if attempt % 2 else 0.0
-        ended = road.run(stage, after=draw.uniform(min(start, longest), longest))
+        # Two of three moments are after the first operation on files, one of these about some operation: in a small
+        # model that is the shorter part.
+        start = (0.0, times[0], draw.choice(times))[attempt % 3]
+        last = longest if attempt % 3 < 2 else start + 0.02
+        ended = road.run(stage, after=draw.uniform(min(start, longest), min(last, longest)))
         if ended.code == 0:
-            longest = min(longest, ended.seconds)  # this time it was faster: the machine has less to do than before
+            # This time it was faster: the machine has less to do than before.
+            longest, times = min(longest, ended.seconds), [at for at, _ in ended.operations]
             continue
         assert ended.code == -signal.SIGKILL, ended.err
         kills += 1
